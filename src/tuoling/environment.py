@@ -1,0 +1,176 @@
+"""What this machine is and what its user asked for: the only reader of `os.environ`."""
+
+from __future__ import annotations
+
+import functools
+import locale
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+Language = Literal["zh", "en"]
+
+
+@functools.cache
+def language() -> Language:
+    """`TUOLING_LANG` (zh or en), else the locale."""
+    asked = os.environ.get("TUOLING_LANG", "").lower()
+    if asked:
+        return "zh" if asked.startswith("zh") else "en"
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        if os.environ.get(name):
+            return "zh" if os.environ[name].lower().startswith("zh") else "en"
+    default = locale.getlocale()[0] or ""
+    return "zh" if default.lower().startswith(("zh", "chinese")) else "en"
+
+
+def cache_dir() -> Path:
+    """Where token stores and other things that can be made again are kept: `TUOLING_CACHE`, else XDG's."""
+    if os.environ.get("TUOLING_CACHE"):
+        return Path(os.environ["TUOLING_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuoling"
+
+
+def hub_endpoint() -> str | None:
+    """The Hugging Face mirror the user set (`HF_ENDPOINT`), without a trailing slash."""
+    return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+
+
+def modelscope_endpoint() -> str | None:
+    """ModelScope's address when the user prefers it: `TUOLING_HUB=modelscope` or `USE_MODELSCOPE_HUB=1`."""
+    wanted = os.environ.get("TUOLING_HUB", "").lower() == "modelscope"
+    if not wanted and os.environ.get("USE_MODELSCOPE_HUB", "").lower() not in ("1", "true", "yes"):
+        return None
+    return (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
+
+
+def secret(name: str) -> str | None:
+    """A token or key. Never log it, never write it to a run folder."""
+    return os.environ.get(name) or None
+
+
+def quiet_libraries() -> None:
+    """Keep what the libraries print below warnings, and their telemetry off, before they are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """True where bfloat16 matmuls are native (avx512_bf16 or amx): elsewhere they are slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return platform.machine() == "arm64" and sys.platform == "darwin"
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_device(asked: str = "auto") -> str:
+    """`auto` → cuda, then mps, then cpu; anything else is returned as it is."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def pick_dtype(asked: str, device: str) -> str:
+    """Resolve `auto` to bf16, fp16 or fp32 by what the chip does well (fp16 is never chosen on a CPU)."""
+    if asked != "auto":
+        return asked
+    if device.startswith("cuda"):
+        import torch
+
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if device == "cpu":
+        return "bf16" if cpu_has_bf16() else "fp32"
+    return "fp16"
+
+
+def memory_total_bytes() -> int:
+    """Memory of the machine, or of the container where that is less."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def memory_available_bytes() -> int:
+    """Memory that could be had now without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def disk_free_bytes(path: Path) -> int:
+    """Free space on the file system that holds `path` or its nearest existing parent."""
+    probe = path.absolute()
+    while not probe.exists():
+        probe = probe.parent
+    return shutil.disk_usage(probe).free
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, read from package metadata (nothing is imported)."""
+    found = {"python": platform.python_version()}
+    for package in (
+        "tuoling",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "accelerate",
+        "safetensors",
+        "numpy",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run manifest says of the machine: no host name, no user name."""
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": cpu_count(),
+        "memory_gib": round(memory_total_bytes() / 2**30, 1),
+        "cpu_bf16": cpu_has_bf16(),
+    }

@@ -1,0 +1,182 @@
+"""Whole files or none: atomic writes, hashes, manifests, JSON with line numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from tuoling.errors import DataError, OutputError
+from tuoling.language import tr
+
+MANIFEST = "manifest.json"
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        tr(f"cannot write: {error.strerror or error}", f"无法写入：{error.strerror or error}"),
+        where=str(path),
+        remedy=tr("choose another place, or free the disk", "换一个位置，或清理磁盘"),
+    )
+
+
+def _fsync_dir(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut (a no-op where folders cannot be opened)."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def atomic_write(path: Path | str, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """Write to a temporary file beside `path`, fsync it, then rename it into place.
+
+    If the block raises, `path` is as it was before. Raises OutputError where the place cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(
+            handle,
+            "wb" if binary else "w",
+            encoding=None if binary else "utf-8",
+            newline=None if binary else "\n",
+        ) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _fsync_dir(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends it is hashed, fsynced and renamed to `path`.
+
+    `path` must not exist. Afterwards it holds `manifest.json` (sha256 and size of every file).
+    """
+    path = Path(path)
+    if path.exists():
+        raise OutputError(tr("already exists", "已经存在"), where=str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        write_manifest(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        temporary.chmod(0o755)
+        temporary.rename(path)
+        _fsync_dir(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise OutputError now, and not after an hour, if files cannot be made in `folder` (made if missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of UTF-8 text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def write_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash every file below `folder` into its `manifest.json`."""
+    files = {
+        str(file.relative_to(folder)): {"sha256": sha256_file(file), "size_bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, files)
+    return files
+
+
+def manifest_problems(folder: Path) -> list[str]:
+    """What is missing or changed against the folder's manifest; a folder without one has one problem."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return [tr(f"no {MANIFEST}", f"缺少 {MANIFEST}")]
+    problems = []
+    for name, entry in read_json(manifest).items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(tr(f"{name} is missing", f"缺少 {name}"))
+        elif file.stat().st_size != entry["size_bytes"] or sha256_file(file) != entry["sha256"]:
+            problems.append(tr(f"{name} has changed", f"{name} 已被改动"))
+    return problems
+
+
+def write_json(path: Path | str, value: Any, *, indent: int = 2) -> None:
+    """Write JSON atomically: UTF-8 as it is, a newline at the end."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    with atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file (UTF-8, with or without BOM). Raises DataError with file:line on bad JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            tr(f"not JSON: {error.msg}", f"不是合法的 JSON：{error.msg}"),
+            where=f"{path}:{error.lineno}:{error.colno}",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(tr(f"cannot read: {error}", f"无法读取：{error}"), where=str(path)) from error
+
+
+def read_jsonl(path: Path | str) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, value) of a JSONL file we wrote ourselves; a torn last line is left out."""
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            if line.strip():
+                yield number, json.loads(line)
+
+
+def append_jsonl(file: IO[str], value: Any) -> None:
+    """Append one row and flush it, so that a reader beside us sees whole rows."""
+    file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    file.flush()

@@ -1,0 +1,30 @@
+"""Fixtures every test may use. The caches and the language of the person who runs them are left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["TUOLING_LANG"] = "en"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tuoling import environment
+
+environment.quiet_libraries()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUOLING_CACHE", str(tmp_path / "tuoling-cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real rows, tokenizers and one real tiny model, where the machine has them."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TUOLING_TEST_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"needs the test data folder (set TUOLING_TEST_DATA); {folder} is not there")
+    return folder
