@@ -1,0 +1,45 @@
+# make quickstart   install, then watch a model learn Chinese instructions (offline, CPU, two minutes)
+# make test         install, then run every test
+# make check        format, lint, types, floors and the fast tests: under a minute
+# make docs         write again what is generated: docs/cli.md, docs/families.md
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= quickstart
+
+.PHONY: quickstart test check format docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[hub,dev]"
+	touch $@ $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/tuoling quickstart --out $(QUICKSTART)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_help.py
+	$(BIN)/python benchmarks/families.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
