@@ -1,0 +1,5 @@
+"""`python -m tuoling` is `tuoling`."""
+
+from tuoling.cli.main import main
+
+main()
