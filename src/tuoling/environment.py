@@ -174,3 +174,8 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory_total_bytes() / 2**30, 1),
         "cpu_bf16": cpu_has_bf16(),
     }
+
+
+def world_size() -> int:
+    """How many processes a launcher (torchrun, accelerate) says it started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)

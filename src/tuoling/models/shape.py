@@ -1,0 +1,66 @@
+"""Sizes and module names from a model's shape alone: nothing is loaded, nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from tuoling.errors import ModelError
+from tuoling.language import tr
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """parameters: tied ones once. embedding_rows: rows of the input embedding. layers, hidden: of the blocks."""
+
+    parameters: int
+    embedding_rows: int
+    layers: int
+    hidden: int
+
+
+def meta_model(folder: Any) -> nn.Module:
+    """The model of `folder`'s config.json on the meta device (shapes without memory).
+
+    Raises ModelError where transformers has no causal language model for it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            tr(
+                "transformers cannot build a causal language model from it",
+                "transformers 无法据此构建因果语言模型",
+            ),
+            where=f"{folder}/config.json",
+            remedy=str(error).splitlines()[0],
+        ) from error
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """Count a model's parameters and read its width and depth from its config."""
+    config = model.config.get_text_config()
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embedding_rows=model.get_input_embeddings().weight.shape[0],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+    )
+
+
+def lora_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
+    """Parameters LoRA of `rank` adds on `targets`: rank x (inputs + outputs) a module."""
+    total = 0
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | Conv1D)
+        if linear and any(name == target or name.endswith(f".{target}") for target in targets):
+            total += rank * sum(module.weight.shape)
+    return total

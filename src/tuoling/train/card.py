@@ -1,0 +1,76 @@
+"""README.md of a run: the model card, in Chinese and English."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuoling.train.prepare import Setup
+
+
+def model_card(setup: Setup, results: dict[str, Any]) -> str:
+    """A card with the hub's front matter: what was trained on what, how, the result, and how to use it."""
+    config, plan = setup.config, setup.plan
+    licence = setup.source.family.licence
+    eval_loss = results.get("eval_loss")
+    facts = [
+        ("基座 base", f"`{config.model_name_or_path}` ({setup.source.family.name})"),
+        ("基座许可 licence of the base", licence or "未知 unknown"),
+        ("数据 data", ", ".join(f"`{name}`" for name in (*config.data, *(config.dataset or ())))),
+        ("条数 rows", f"{plan.rows:,} + {plan.eval_rows:,} held out"),
+        ("token", f"{plan.tokens:,} (learned {plan.learned_tokens:,})"),
+        ("模板 template", f"`{setup.template.id}`"),
+        ("方法 method", _method(config)),
+        ("学习率 learning rate", f"{config.learning_rate:g} ({config.lr_scheduler_type}, warm-up {plan.warmup_steps})"),
+        ("每步条数 rows a step", f"{plan.rows_per_step}"),
+        ("步数 steps", f"{results['steps']:,} ({results['epochs']:g} epochs)"),
+        ("精度 precision", setup.dtype),
+        ("训练损失 training loss", f"{results['train_loss_first']:.4f} → {results['train_loss_last']:.4f}"),
+        ("验证损失 held-out loss", f"{eval_loss:.4f}" if eval_loss is not None else "–"),
+        ("随机种子 seed", f"{config.seed}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    return f"""{_front_matter(setup, licence)}
+# {setup.source.path.name} · Tuoling
+
+用 Tuoling 微调得到。Fine-tuned with Tuoling.
+
+| | |
+|---|---|
+{table}
+
+## 使用 Use
+
+```
+tuoling chat RUN
+tuoling predict RUN --data test.json --out predictions.json
+```
+
+把 RUN 换成本目录；基座、模板、停止符都从这里读取。
+RUN is this folder; base, template and stop sequences are read from it.
+
+## 局限 Limits
+
+模型会编造内容，也会重复训练数据里的错误；请勿不加核实地用于医疗、法律、财务等决定。
+基座与数据的许可条款同样适用于这些权重。
+The model makes things up and repeats the mistakes of its rows; do not use it unchecked for medical, legal or
+financial decisions. The licences of the base and of the data apply to these weights as well.
+
+完整的配置、数据摘要与版本见 `run.json`。The whole configuration, hashes and versions are in `run.json`.
+"""
+
+
+def _method(config: Any) -> str:
+    if config.finetuning_type == "full":
+        return f"full, {config.stage}"
+    return f"LoRA r={config.lora_rank} alpha={config.lora_alpha} dropout={config.lora_dropout:g}, {config.stage}"
+
+
+def _front_matter(setup: Setup, licence: str | None) -> str:
+    lines = ["---", "language:", "- zh", "tags:", "- tuoling"]
+    if setup.config.finetuning_type == "lora":
+        lines += ["library_name: peft", f"base_model: {setup.config.model_name_or_path}"]
+    else:
+        lines += ["library_name: transformers"]
+    lines += [f"license: {licence}"] if licence else []
+    return "\n".join([*lines, "---"])

@@ -1,0 +1,93 @@
+"""Checkpoints: safetensors and JSON in a folder that is renamed into place when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuoling import files
+
+SaveWeights = Callable[[Path], None]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first; a folder without a manifest is none."""
+    found = [
+        path
+        for path in run.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / files.MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    save_weights: SaveWeights,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer_state: str,
+    position: dict[str, Any],
+) -> None:
+    """Write weights, optimizer, random state and position, or nothing.
+
+    position: {"step", "rows_seen", "seed"}: the rows that follow are a function of it alone.
+    """
+    with files.atomic_folder(folder) as temporary:
+        save_weights(temporary)
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file(_random_state(), temporary / "rng.safetensors")
+        files.write_json(temporary / "position.json", position)
+        with files.atomic_write(temporary / "trainer_state.json") as file:
+            file.write(trainer_state)
+
+
+def prune_checkpoints(run: Path, *, keep: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never the newest and never the best."""
+    if keep is None:
+        return
+    for path in checkpoints(run)[: -max(1, keep)]:
+        if path.name != best:
+            shutil.rmtree(path)
+
+
+def load_optimizer(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's optimizer state back, tensor by tensor, by the parameters' names."""
+    saved = load_file(folder / "optimizer.safetensors")
+    for name, parameter in _trained(model).items():
+        state = optimizer.state[parameter]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            state[key] = saved[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+
+
+def load_random_state(folder: Path) -> None:
+    """Put a checkpoint's random state back (dropout goes on as it would have)."""
+    saved = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(saved["cpu"])
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in _trained(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state

@@ -1,0 +1,203 @@
+"""What a run will do, said before it does it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tuoling import environment
+from tuoling.errors import OutputError, TrainingError
+from tuoling.language import tr
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+    from tuoling.config import RunConfig
+
+DISK_RESERVE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Numbers of a model's shape. `trainable` counts what will be asked for gradients."""
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rows, steps and what they will cost. Memory and disk are estimates from shapes."""
+
+    rows: int
+    eval_rows: int
+    tokens: int
+    learned_tokens: int
+    longest_row: int
+    rows_per_step: int
+    rows_per_micro_batch: int
+    total_rows: int
+    total_steps: int
+    epochs: float
+    warmup_steps: int
+    save_steps: int
+    eval_steps: int | None
+    parameters: int
+    trainable: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json and `tuoling plan --json`."""
+        return asdict(self)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(label, value) pairs for people."""
+        mean = self.tokens / max(1, self.rows)
+        per_step = tr(
+            f"{self.rows_per_step} rows, about {mean * self.rows_per_step:,.0f} tokens",
+            f"{self.rows_per_step} 条，约 {mean * self.rows_per_step:,.0f} 个 token",
+        )
+        share = 100 * self.trainable / max(1, self.parameters)
+        return [
+            (
+                tr("rows", "训练数据"),
+                tr(f"{self.rows:,} (+ {self.eval_rows:,} held out)", f"{self.rows:,} 条（另留 {self.eval_rows:,} 条验证）"),
+            ),
+            (
+                tr("tokens", "token 数"),
+                tr(
+                    f"{self.tokens:,}, of which {self.learned_tokens:,} are learned",
+                    f"{self.tokens:,}，其中学习 {self.learned_tokens:,}",
+                ),
+            ),
+            (tr("each step", "每步"), per_step),
+            (
+                tr("steps", "总步数"),
+                tr(
+                    f"{self.total_steps:,} = {self.epochs:g} epochs, {self.warmup_steps:,} of warm-up",
+                    f"{self.total_steps:,}（{self.epochs:g} 轮），预热 {self.warmup_steps:,} 步",
+                ),
+            ),
+            (
+                tr("parameters", "参数量"),
+                tr(
+                    f"{self.parameters:,}, trained {self.trainable:,} ({share:.2f} %)",
+                    f"{self.parameters:,}，训练 {self.trainable:,}（{share:.2f} %）",
+                ),
+            ),
+            (tr("memory", "内存估计"), tr(f"about {self.memory_bytes / 2**30:.1f} GiB", f"约 {self.memory_bytes / 2**30:.1f} GiB")),
+            (tr("disk", "磁盘估计"), tr(f"about {self.disk_bytes / 2**20:,.0f} MiB", f"约 {self.disk_bytes / 2**20:,.0f} MiB")),
+        ]
+
+    def warnings(self) -> list[str]:
+        """What the user may not have meant."""
+        found = []
+        if self.total_steps < self.save_steps:
+            found.append(
+                tr(
+                    f"the run has {self.total_steps} steps, fewer than save_steps={self.save_steps}: "
+                    "no checkpoint on the way, only the final one",
+                    f"总共 {self.total_steps} 步，少于 save_steps={self.save_steps}：中途不会有检查点，只在结束时保存",
+                )
+            )
+        if self.warmup_steps >= self.total_steps:
+            found.append(
+                tr(
+                    f"the warm-up of {self.warmup_steps} steps is not over within the run of {self.total_steps}",
+                    f"预热 {self.warmup_steps} 步，到 {self.total_steps} 步结束时还没有完成",
+                )
+            )
+        available = environment.memory_available_bytes()
+        if self.memory_bytes > available:
+            found.append(
+                tr(
+                    f"about {self.memory_bytes / 2**30:.1f} GiB are needed and {available / 2**30:.1f} GiB are free",
+                    f"大约需要 {self.memory_bytes / 2**30:.1f} GiB 内存，现有 {available / 2**30:.1f} GiB",
+                )
+            )
+        return found
+
+    def require_disk(self, folder: Path) -> None:
+        """Raise OutputError now if the checkpoints will not fit beside a small reserve."""
+        free = environment.disk_free_bytes(folder)
+        if self.disk_bytes + DISK_RESERVE_BYTES > free:
+            raise OutputError(
+                tr(
+                    f"the run will write about {self.disk_bytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
+                    f"本次训练约需写入 {self.disk_bytes / 2**30:.2f} GiB，磁盘只剩 {free / 2**30:.2f} GiB",
+                ),
+                where=str(folder),
+                remedy=tr("free the disk, or lower save_total_limit", "清理磁盘，或调小 save_total_limit"),
+            )
+
+
+def make_plan(
+    config: RunConfig, *, lengths: np.ndarray, learned: np.ndarray, eval_rows: int, size: ModelSize, dtype: str
+) -> Plan:
+    """Count steps and estimate costs.
+
+    lengths, learned: [rows], tokens and learned tokens of each training row.
+    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows.
+    """
+    rows = len(lengths)
+    if rows == 0:
+        raise TrainingError(
+            tr("no row is left to train on", "没有可训练的数据"),
+            remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
+        )
+    per_step = config.batch_size or config.per_device_train_batch_size * config.gradient_accumulation_steps
+    per_step = min(per_step, rows)
+    micro = min(config.per_device_train_batch_size, per_step)
+    total_rows = max(1, round(rows * config.num_train_epochs))
+    steps = math.ceil(total_rows / per_step)
+    if config.max_steps > 0:
+        steps = config.max_steps
+        total_rows = steps * per_step
+    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
+    kept = (config.save_total_limit or math.ceil(steps / config.save_steps)) + 1
+    copies = min(kept + 1, steps // config.save_steps + 1)
+    saved = size.trainable * 4 if config.finetuning_type == "lora" else size.parameters * 4
+    return Plan(
+        rows=rows,
+        eval_rows=eval_rows,
+        tokens=int(lengths.sum()),
+        learned_tokens=int(learned.sum()),
+        longest_row=int(lengths.max()),
+        rows_per_step=per_step,
+        rows_per_micro_batch=micro,
+        total_rows=total_rows,
+        total_steps=steps,
+        epochs=round(total_rows / rows, 4),
+        warmup_steps=warmup,
+        save_steps=config.save_steps,
+        eval_steps=config.eval_steps,
+        parameters=size.parameters,
+        trainable=size.trainable,
+        memory_bytes=_memory_bytes(config, lengths=lengths, micro=micro, size=size, dtype=dtype),
+        disk_bytes=copies * (saved + size.trainable * 8) + saved,
+    )
+
+
+def _memory_bytes(
+    config: RunConfig, *, lengths: Sequence[int] | np.ndarray, micro: int, size: ModelSize, dtype: str
+) -> int:
+    """Weights + gradients and AdamW state in float32 + activations of the longest micro-batch + libraries.
+
+    A block keeps about 22 hidden-sized activations a token for the backward (LayerNorm, fused qkv, attention
+    output, the four-fold feed-forward before and after its activation, LoRA's own inputs).
+    """
+    weight_bytes = 4 if config.finetuning_type == "full" or dtype == "fp32" else 2
+    activation_bytes = 4 if dtype == "fp32" else 2
+    longest = sum(sorted((int(length) for length in lengths), reverse=True)[:micro])
+    kept_per_token = size.hidden * 22 * (1 if config.gradient_checkpointing else size.layers)
+    libraries = 700 * 2**20
+    return int(
+        size.parameters * weight_bytes + size.trainable * 12 + longest * kept_per_token * activation_bytes + libraries
+    )

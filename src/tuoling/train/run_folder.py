@@ -1,0 +1,95 @@
+"""The files of a run: run.json, metrics.jsonl, trainer_state.json, all_results.json."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tuoling import files
+from tuoling.errors import OutputError
+from tuoling.language import tr
+
+
+def default_run_folder(model: str) -> Path:
+    """`runs/<model>-<date>-<time>`: never the same twice, so nothing is overwritten."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{Path(model).name or 'model'}-{stamp}"
+
+
+def claim(folder: Path, *, overwrite: bool) -> str | None:
+    """Make sure `folder` can be a new run; returns what was done with an old one.
+
+    A folder that holds anything is refused; `overwrite` moves it aside (`NAME.old-1`), never deletes it.
+    """
+    moved = None
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise OutputError(
+                tr("the output folder is not empty", "输出目录不是空的"),
+                where=str(folder),
+                remedy=tr(
+                    "choose another output_dir, or set overwrite_output_dir=true (the old one is moved aside)",
+                    "换一个 output_dir，或设 overwrite_output_dir=true（旧目录会被改名保留）",
+                ),
+            )
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        moved = tr(f"the old {folder} is now {aside}", f"原来的 {folder} 已改名为 {aside}")
+    elif folder.exists() and not folder.is_dir():
+        raise OutputError(tr("the output folder is a file", "输出目录是一个文件"), where=str(folder))
+    files.require_writable(folder)
+    return moved
+
+
+class RunFolder:
+    """Writes a run's records. Metrics are appended and flushed a step at a time; the rest is written whole."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self._manifest = manifest
+        self.log_history: list[dict[str, Any]] = []
+        self.set_status("running", started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+    def set_status(self, status: str, **more: Any) -> None:
+        """Write run.json again with its state: running, finished, interrupted or failed."""
+        self._manifest = {**self._manifest, "status": status, **more}
+        files.write_json(self.path / "run.json", self._manifest)
+
+    @contextmanager
+    def metrics(self) -> Iterator[Any]:
+        """Open metrics.jsonl for appending."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            yield file
+
+    def trainer_state(self, *, step: int, total_steps: int, epoch: float, best: dict[str, Any] | None) -> str:
+        """transformers' trainer_state.json, as text, so that other people's plotters work."""
+        state = {
+            "best_metric": best["eval_loss"] if best else None,
+            "best_model_checkpoint": best["checkpoint"] if best else None,
+            "epoch": epoch,
+            "global_step": step,
+            "max_steps": total_steps,
+            "num_train_epochs": epoch,
+            "is_local_process_zero": True,
+            "is_world_process_zero": True,
+            "log_history": self.log_history,
+        }
+        return json.dumps(state, ensure_ascii=False, indent=2) + "\n"
+
+    def write_trainer_state(self, text: str, folder: Path | None = None) -> None:
+        """Write trainer_state.json at the top of the run, or into a checkpoint being built."""
+        with files.atomic_write((folder or self.path) / "trainer_state.json") as file:
+            file.write(text)
+
+    def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Merge `results` into all_results.json and return the whole."""
+        path = self.path / "all_results.json"
+        merged = {**(files.read_json(path) if path.is_file() else {}), **results}
+        files.write_json(path, merged)
+        return merged

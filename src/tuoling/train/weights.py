@@ -1,0 +1,70 @@
+"""Which parameters a run trains, and how they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuoling import files
+from tuoling.models.adapters import lora_target_names
+from tuoling.models.save import save_adapter, save_model
+
+if TYPE_CHECKING:
+    from tuoling.train.prepare import Setup
+
+
+def make_trainable(model: Any, setup: Setup) -> Any:
+    """All parameters (`full`), or LoRA in float32 on the wanted linear modules of a frozen base."""
+    config = setup.config
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if config.finetuning_type == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_target_names(model, config.lora_target),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def weight_saver(model: Any, setup: Setup) -> Callable[[Path], None]:
+    """A function that writes everything `tuoling chat FOLDER` needs into a folder."""
+    template = template_record(setup)
+
+    def save(folder: Path) -> None:
+        if setup.config.finetuning_type == "lora":
+            save_adapter(model, folder, tokenizer=setup.tokenizer, template=template)
+        else:
+            save_model(model, folder, tokenizer=setup.tokenizer, template=template)
+
+    return save
+
+
+def template_record(setup: Setup) -> dict[str, Any]:
+    """What `template.json` says, so that nobody is asked for it again."""
+    config_file = setup.source.path / "config.json"
+    return {
+        "template": setup.template.id,
+        "stops": list(setup.template.stops),
+        "base": {
+            "path": str(setup.source.path.resolve()),
+            "named": setup.config.model_name_or_path,
+            "config_sha256": files.sha256_file(config_file),
+        },
+        "max_seq_len": setup.config.max_seq_len,
+    }
