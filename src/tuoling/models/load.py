@@ -1,0 +1,251 @@
+"""Weights into memory: safetensors first, pickles only as plain tensors, nothing missing in silence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuoling import environment
+from tuoling.errors import ModelError
+from tuoling.language import tr
+from tuoling.models.adapters import attach_adapter, some
+from tuoling.models.source import ModelSource, find_model, weight_files
+from tuoling.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["find_model", "load_model", "load_tokenizer", "resolve_dtype"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """`auto`, `bf16`, `fp16`, `fp32` or a torch dtype → the torch dtype. fp16 on a CPU is refused."""
+    chosen = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(environment.pick_dtype(dtype, device))
+    if chosen is None:
+        raise ModelError(
+            tr(f"no dtype is called {dtype}", f"没有名为 {dtype} 的精度"),
+            where="dtype",
+            remedy="auto | bf16 | fp16 | fp32",
+        )
+    if chosen is torch.float16 and device == "cpu":
+        raise ModelError(
+            tr("float16 on a CPU is slow and loses precision", "在 CPU 上用 float16 既慢又损失精度"),
+            where="dtype",
+            remedy=tr("use bf16 or fp32 (or auto)", "请用 bf16 或 fp32（或 auto）"),
+        )
+    return chosen
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    for_training: bool = False,
+    allow_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The model, with its adapter on top where `source` is one.
+
+    for_training: adapter weights ask for gradients and no key-value cache is kept; else eval mode, no gradients.
+    Raises ModelError for a folder whose weights are cut, missing, too many, or of another shape.
+    """
+    environment.quiet_libraries()
+    device = environment.pick_device(device)
+    weights = source.weights_path
+    config = _config(weights, source, allow_remote_code)
+    model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code)
+    loaded: PreTrainedModel | PeftModel = model
+    if source.is_adapter:
+        loaded = attach_adapter(model, source.path, trainable=for_training)
+        loaded.to(device)
+    if for_training:
+        model.config.use_cache = False
+        return loaded.train()
+    return loaded.requires_grad_(False).eval()
+
+
+def _config(folder: Path, source: ModelSource, allow_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_by_family(source, allow_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=allow_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        kind = source.config.get("model_type")
+        raise ModelError(
+            tr(
+                f"transformers cannot use model_type {kind!r}: {_first_line(error)}",
+                f"transformers 无法使用 model_type {kind!r}：{_first_line(error)}",
+            ),
+            where=str(folder / "config.json"),
+        ) from error
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known and not (allow_remote_code and "auto_map" in source.config):
+        raise ModelError(
+            tr(
+                f"{config.model_type} is not a causal language model", f"{config.model_type} 不是因果语言模型"
+            ),
+            where=str(folder / "config.json"),
+            remedy=tr("choose a text generation model", "请选择文本生成模型"),
+        )
+    return config
+
+
+def _refuse_by_family(source: ModelSource, allow_remote_code: bool) -> None:
+    if "not_causal" in source.family.quirks:
+        raise ModelError(
+            tr(
+                f"{source.family.name} models do not predict the next token",
+                f"{source.family.name} 模型不做下一词预测",
+            ),
+            where=str(source.path),
+            remedy=tr("choose a text generation model", "请选择文本生成模型"),
+        )
+    if "own_code" in source.family.quirks and not allow_remote_code:
+        raise ModelError(
+            tr(
+                f"{source.family.name} folders bring their own Python code, and it is not run unless you say so",
+                f"{source.family.name} 的目录自带 Python 代码，未经允许不会运行",
+            ),
+            where=str(source.path),
+            remedy=tr(
+                "read the code, then allow it: allow_remote_code=true",
+                "先读代码，再允许：allow_remote_code=true",
+            ),
+        )
+
+
+def _load_base(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, allow_remote_code: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    files = weight_files(folder)
+    _require_whole(folder, files)
+    with _weight_errors(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=files[0].suffix == ".safetensors",
+            weights_only=True,
+            trust_remote_code=allow_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **({} if device == "cpu" else {"device_map": {"": device}}),
+        )
+    _require_all_used(folder, info)
+    return model
+
+
+def _require_whole(folder: Path, files: list[Path]) -> None:
+    """Every shard that the index names is there, and no safetensors file is shorter than its header says."""
+    if not files:
+        raise ModelError(tr("the model folder has no weights", "模型目录中没有权重文件"), where=str(folder))
+    for index in sorted(folder.glob("*.index.json")):
+        if files[0].suffix not in index.name.removesuffix(".index.json"):
+            continue
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in wanted if not (folder / name).is_file())
+        if missing:
+            raise ModelError(
+                tr(f"weight files are missing: {some(missing)}", f"缺少权重文件：{some(missing)}"),
+                where=str(folder),
+                remedy=tr(
+                    "download again; what is whole is not fetched twice", "请重新下载；完整的文件不会重复下载"
+                ),
+            )
+    for file in files:
+        if file.suffix == ".safetensors":
+            _require_full_length(file)
+
+
+def _require_full_length(file: Path) -> None:
+    """A safetensors file is 8 bytes of header length, the header, and the bytes up to its largest offset."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(length)) if length <= size else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise _damaged(file, tr("its header cannot be read", "无法读取文件头"))
+    end = max(
+        (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+    )
+    if size != 8 + length + end:
+        raise _damaged(
+            file,
+            tr(f"{size} bytes, should be {8 + length + end}", f"有 {size} 字节，应为 {8 + length + end}"),
+        )
+
+
+def _damaged(file: Path, detail: str) -> ModelError:
+    return ModelError(
+        tr(f"the file is damaged or cut short: {detail}", f"文件损坏或不完整：{detail}"),
+        where=str(file),
+        remedy=tr("copy or download it again", "请重新复制或下载"),
+    )
+
+
+@contextmanager
+def _weight_errors(folder: Path) -> Iterator[None]:
+    """What transformers, safetensors and torch raise over bad weights, as one of ours."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise _damaged(folder, _first_line(error)) from error
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise ModelError(
+                tr("not enough memory for the weights", "内存不足，装不下权重"),
+                where=str(folder),
+                remedy=tr("use a smaller model or dtype=bf16", "换更小的模型，或用 dtype=bf16"),
+            ) from error
+        raise ModelError(
+            tr(f"the weights cannot be loaded: {_first_line(error)}", f"无法载入权重：{_first_line(error)}"),
+            where=str(folder),
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _require_all_used(folder: Path, info: dict[str, Any]) -> None:
+    """Missing, unknown and mis-shaped tensors are errors with their names: a model must not be half random."""
+    mismatched = sorted(
+        str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"]
+    )
+    # buffers that old files carry and that are computed now
+    unknown = sorted(
+        name for name in info["unexpected_keys"] if not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
+    )
+    for names, en, zh in (
+        (sorted(info["missing_keys"]), "tensors are missing from the weights", "权重中缺少张量"),
+        (mismatched, "tensors have another shape than config.json says", "张量形状与 config.json 不符"),
+        (unknown, "tensors in the weights belong to no part of the model", "权重中有模型没有的张量"),
+    ):
+        if names:
+            raise ModelError(
+                tr(f"{len(names)} {en}: {some(names)}", f"{len(names)} 个{zh}：{some(names)}"),
+                where=str(folder),
+                remedy=tr(
+                    "the folder mixes files of different models, or a file is missing",
+                    "目录里混有不同模型的文件，或缺少文件",
+                ),
+            )
