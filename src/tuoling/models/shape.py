@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Shape:
     hidden: int
 
 
-def meta_model(folder: Any) -> nn.Module:
+def meta_model(folder: Path) -> Any:
     """The model of `folder`'s config.json on the meta device (shapes without memory).
 
     Raises ModelError where transformers has no causal language model for it.
@@ -45,7 +46,7 @@ def meta_model(folder: Any) -> nn.Module:
         ) from error
 
 
-def shape_of(model: nn.Module) -> Shape:
+def shape_of(model: Any) -> Shape:
     """Count a model's parameters and read its width and depth from its config."""
     config = model.config.get_text_config()
     return Shape(

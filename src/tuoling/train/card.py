@@ -21,7 +21,10 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
         ("token", f"{plan.tokens:,} (learned {plan.learned_tokens:,})"),
         ("模板 template", f"`{setup.template.id}`"),
         ("方法 method", _method(config)),
-        ("学习率 learning rate", f"{config.learning_rate:g} ({config.lr_scheduler_type}, warm-up {plan.warmup_steps})"),
+        (
+            "学习率 learning rate",
+            f"{config.learning_rate:g} ({config.lr_scheduler_type}, warm-up {plan.warmup_steps})",
+        ),
         ("每步条数 rows a step", f"{plan.rows_per_step}"),
         ("步数 steps", f"{results['steps']:,} ({results['epochs']:g} epochs)"),
         ("精度 precision", setup.dtype),
@@ -63,7 +66,9 @@ financial decisions. The licences of the base and of the data apply to these wei
 def _method(config: Any) -> str:
     if config.finetuning_type == "full":
         return f"full, {config.stage}"
-    return f"LoRA r={config.lora_rank} alpha={config.lora_alpha} dropout={config.lora_dropout:g}, {config.stage}"
+    return (
+        f"LoRA r={config.lora_rank} alpha={config.lora_alpha} dropout={config.lora_dropout:g}, {config.stage}"
+    )
 
 
 def _front_matter(setup: Setup, licence: str | None) -> str:

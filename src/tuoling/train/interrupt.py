@@ -34,5 +34,8 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         console.note(
-            tr("finishing this step, then saving (once more to stop at once)", "完成这一步后保存（再按一次立即停止）")
+            tr(
+                "finishing this step, then saving (once more to stop at once)",
+                "完成这一步后保存（再按一次立即停止）",
+            )
         )

@@ -73,7 +73,7 @@ def train(
     Raises TuolingError; a run folder that was begun then says `"status": "failed"` and why.
     """
     setup = prepare(config, say=say, notes=notes)
-    folder = Path(config.output_dir) if config.output_dir else default_run_folder(config.model_name_or_path)
+    folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
     moved = claim(folder, overwrite=config.overwrite_output_dir)
     if moved:
         say(moved)
@@ -123,14 +123,16 @@ def _run(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable[[st
             row = _note_step(done, setup, batches, loss, grad_norm, rate, took)
             if not math.isfinite(loss):
                 raise _not_finite(run, setup, batches, row)
-            bar.update(task, completed=done.step, detail=f"loss {loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s")
+            bar.update(
+                task, completed=done.step, detail=f"loss {loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s"
+            )
             last = done.step == plan.total_steps or interrupt.asked
-            if setup.held_out and (last or done.step % _eval_every(setup) == 0):
+            if setup.held_out and (last or done.step % plan.eval_steps == 0):
                 row["eval_loss"] = done.eval_loss = evaluate_loss(fast, accelerator, setup, setup.held_out)
             files.append_jsonl(metrics, row)
             _log(run, accelerator, row, config.logging_steps, last, bar_shown=console.err.is_terminal)
             improved = _improved(done, config, row)
-            if improved or (done.step % config.save_steps == 0 and not last):
+            if improved or (done.step % plan.save_steps == 0 and not last):
                 save_checkpoint(
                     run.path / f"checkpoint-{done.step}",
                     save_weights=save_weights,
@@ -140,7 +142,9 @@ def _run(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable[[st
                     position={"step": done.step, "rows_seen": done.rows_seen, "seed": config.seed},
                 )
                 prune_checkpoints(
-                    run.path, keep=config.save_total_limit, best=done.best["checkpoint"] if done.best else None
+                    run.path,
+                    keep=config.save_total_limit,
+                    best=done.best["checkpoint"] if done.best else None,
                 )
     fast.uninstall()
     accelerator.end_training()
@@ -214,7 +218,7 @@ def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Ten
 @torch.no_grad()
 def evaluate_loss(fast: FastModel, accelerator: Accelerator, setup: Setup, rows: Rows) -> float:
     """Mean nats per learned token over held-out rows, dropout off."""
-    size = setup.config.per_device_eval_batch_size or setup.plan.rows_per_micro_batch
+    size = setup.config.per_device_eval_batch_size
     was_training = fast.model.training
     fast.model.eval()
     total, learned = 0.0, 0
@@ -225,11 +229,6 @@ def evaluate_loss(fast: FastModel, accelerator: Accelerator, setup: Setup, rows:
         learned += batch.num_learned
     fast.model.train(was_training)
     return total / learned
-
-
-def _eval_every(setup: Setup) -> int:
-    """Steps between evaluations: as asked, else once an epoch."""
-    return setup.config.eval_steps or max(1, math.ceil(setup.plan.rows / setup.plan.rows_per_step))
 
 
 def _note_step(

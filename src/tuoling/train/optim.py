@@ -30,7 +30,8 @@ def learning_rate(step: int, *, base: float, total_steps: int, warmup_steps: int
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that ask for gradients; biases and norms (one dimension) are not decayed."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)

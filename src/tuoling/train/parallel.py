@@ -35,7 +35,9 @@ def make_accelerator(
                 f"started as {environment.world_size()} processes, and one is what trains here",
                 f"启动了 {environment.world_size()} 个进程，而目前只支持单进程训练",
             ),
-            remedy=tr("start `tuoling train` without a launcher", "不要用 torchrun 等启动器，直接运行 tuoling train"),
+            remedy=tr(
+                "start `tuoling train` without a launcher", "不要用 torchrun 等启动器，直接运行 tuoling train"
+            ),
         )
     installed = {
         "tensorboard": is_tensorboard_available,
@@ -55,5 +57,7 @@ def make_accelerator(
         project_dir=str(folder) if trackers else None,
     )
     if trackers:
-        accelerator.init_trackers("tuoling", config={k: v for k, v in manifest.items() if isinstance(v, str | int | float)})
+        accelerator.init_trackers(
+            "tuoling", config={k: v for k, v in manifest.items() if isinstance(v, str | int | float)}
+        )
     return accelerator

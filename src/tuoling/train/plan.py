@@ -47,7 +47,7 @@ class Plan:
     epochs: float
     warmup_steps: int
     save_steps: int
-    eval_steps: int | None
+    eval_steps: int
     parameters: int
     trainable: int
     memory_bytes: int
@@ -68,7 +68,10 @@ class Plan:
         return [
             (
                 tr("rows", "训练数据"),
-                tr(f"{self.rows:,} (+ {self.eval_rows:,} held out)", f"{self.rows:,} 条（另留 {self.eval_rows:,} 条验证）"),
+                tr(
+                    f"{self.rows:,} (+ {self.eval_rows:,} held out)",
+                    f"{self.rows:,} 条（另留 {self.eval_rows:,} 条验证）",
+                ),
             ),
             (
                 tr("tokens", "token 数"),
@@ -92,19 +95,25 @@ class Plan:
                     f"{self.parameters:,}，训练 {self.trainable:,}（{share:.2f} %）",
                 ),
             ),
-            (tr("memory", "内存估计"), tr(f"about {self.memory_bytes / 2**30:.1f} GiB", f"约 {self.memory_bytes / 2**30:.1f} GiB")),
-            (tr("disk", "磁盘估计"), tr(f"about {self.disk_bytes / 2**20:,.0f} MiB", f"约 {self.disk_bytes / 2**20:,.0f} MiB")),
+            (
+                tr("memory", "内存估计"),
+                tr(f"about {self.memory_bytes / 2**30:.1f} GiB", f"约 {self.memory_bytes / 2**30:.1f} GiB"),
+            ),
+            (
+                tr("disk", "磁盘估计"),
+                tr(f"about {self.disk_bytes / 2**20:,.0f} MiB", f"约 {self.disk_bytes / 2**20:,.0f} MiB"),
+            ),
         ]
 
     def warnings(self) -> list[str]:
         """What the user may not have meant."""
         found = []
-        if self.total_steps < self.save_steps:
+        if self.total_steps <= self.save_steps:
             found.append(
                 tr(
-                    f"the run has {self.total_steps} steps, fewer than save_steps={self.save_steps}: "
-                    "no checkpoint on the way, only the final one",
-                    f"总共 {self.total_steps} 步，少于 save_steps={self.save_steps}：中途不会有检查点，只在结束时保存",
+                    f"{self.total_steps} steps and save_steps={self.save_steps}: "
+                    "no checkpoint on the way, the run is saved at its end",
+                    f"共 {self.total_steps} 步，而 save_steps={self.save_steps}：中途没有检查点，只在结束时保存",
                 )
             )
         if self.warmup_steps >= self.total_steps:
@@ -139,7 +148,13 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, *, lengths: np.ndarray, learned: np.ndarray, eval_rows: int, size: ModelSize, dtype: str
+    config: RunConfig,
+    *,
+    lengths: np.ndarray,
+    learned: np.ndarray,
+    eval_rows: int,
+    size: ModelSize,
+    dtype: str,
 ) -> Plan:
     """Count steps and estimate costs.
 
@@ -152,17 +167,20 @@ def make_plan(
             tr("no row is left to train on", "没有可训练的数据"),
             remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
         )
-    per_step = config.batch_size or config.per_device_train_batch_size * config.gradient_accumulation_steps
-    per_step = min(per_step, rows)
+    per_step = min(rows, config.per_device_train_batch_size * config.accumulation())
     micro = min(config.per_device_train_batch_size, per_step)
     total_rows = max(1, round(rows * config.num_train_epochs))
     steps = math.ceil(total_rows / per_step)
     if config.max_steps > 0:
         steps = config.max_steps
         total_rows = steps * per_step
-    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
-    kept = (config.save_total_limit or math.ceil(steps / config.save_steps)) + 1
-    copies = min(kept + 1, steps // config.save_steps + 1)
+    warmup = (
+        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
+    )
+    per_epoch = math.ceil(rows / per_step)
+    save_steps = _interval(config.save_steps, per_epoch, steps)
+    kept = (config.save_total_limit or steps) + 1  # the newest stands beside the kept ones until it is whole
+    copies = min(kept, (steps - 1) // save_steps)
     saved = size.trainable * 4 if config.finetuning_type == "lora" else size.parameters * 4
     return Plan(
         rows=rows,
@@ -176,13 +194,18 @@ def make_plan(
         total_steps=steps,
         epochs=round(total_rows / rows, 4),
         warmup_steps=warmup,
-        save_steps=config.save_steps,
-        eval_steps=config.eval_steps,
+        save_steps=save_steps,
+        eval_steps=_interval(config.eval_steps, per_epoch, steps),
         parameters=size.parameters,
         trainable=size.trainable,
         memory_bytes=_memory_bytes(config, lengths=lengths, micro=micro, size=size, dtype=dtype),
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
     )
+
+
+def _interval(asked: int | None, per_epoch: int, steps: int) -> int:
+    """Steps between two saves or evaluations: as asked; once an epoch (None); only at the end (0)."""
+    return per_epoch if asked is None else asked or steps
 
 
 def _memory_bytes(
@@ -199,5 +222,8 @@ def _memory_bytes(
     kept_per_token = size.hidden * 22 * (1 if config.gradient_checkpointing else size.layers)
     libraries = 700 * 2**20
     return int(
-        size.parameters * weight_bytes + size.trainable * 12 + longest * kept_per_token * activation_bytes + libraries
+        size.parameters * weight_bytes
+        + size.trainable * 12
+        + longest * kept_per_token * activation_bytes
+        + libraries
     )

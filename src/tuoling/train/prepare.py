@@ -12,7 +12,7 @@ import numpy as np
 from tuoling import environment, files
 from tuoling.data.read import resolve_sources
 from tuoling.data.store import StoreReport, StoreSettings, TokenStore, compile_store
-from tuoling.errors import ConfigError, DataError, ModelError, TrainingError
+from tuoling.errors import ConfigError, DataError, ModelError
 from tuoling.language import tr
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.load import load_tokenizer
@@ -80,20 +80,25 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         kept.append(message)
         say(message)
 
-    if not config.data and not config.dataset:
-        raise ConfigError(tr("no training data", "没有给出训练数据"), where="data", remedy="data=rows.json")
+    config.require("model_name_or_path", "data")
     device = environment.pick_device(config.device)
     dtype = environment.pick_dtype(config.dtype, device)
     if dtype == "fp16" and device == "cpu":
         raise ConfigError(
-            tr("fp16 is not trained on a CPU: it is slow and overflows there", "CPU 上不用 fp16 训练：又慢又容易溢出"),
+            tr(
+                "fp16 is not trained on a CPU: it is slow and overflows there",
+                "CPU 上不用 fp16 训练：又慢又容易溢出",
+            ),
             where="dtype=fp16",
             remedy="dtype=auto",
         )
-    source = find_model(config.model_name_or_path, revision=config.model_revision)
+    source = find_model(str(config.model_name_or_path), revision=config.model_revision)
     if source.is_adapter or config.adapter_name_or_path:
         raise ConfigError(
-            tr("training starts from a whole model here, not from an adapter", "这里的训练从完整模型开始，不从适配器开始"),
+            tr(
+                "training starts from a whole model here, not from an adapter",
+                "这里的训练从完整模型开始，不从适配器开始",
+            ),
             where=config.adapter_name_or_path or f"model_name_or_path={config.model_name_or_path}",
             remedy=f"model_name_or_path={source.weights_path} adapter_name_or_path=null",
         )
@@ -106,7 +111,10 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     )
     if tokenizer.eos_id is None:
         raise ModelError(
-            tr("the tokenizer has no end token: the model could never stop", "分词器没有结束符：模型将永远停不下来"),
+            tr(
+                "the tokenizer has no end token: the model could never stop",
+                "分词器没有结束符：模型将永远停不下来",
+            ),
             where=str(source.path),
             remedy=tr(
                 'name one in tokenizer_config.json: {"eos_token": "</s>"}',
@@ -115,11 +123,11 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         )
     store, report = _compile(config, config.data, config.dataset, tokenizer, template, tell)
     held_out: Rows | None
-    if config.eval_data:
-        eval_store, _ = _compile(config, config.eval_data, (), tokenizer, template, tell)
+    if config.eval_data or config.eval_dataset:
+        eval_store, _ = _compile(config, config.eval_data, config.eval_dataset, tokenizer, template, tell)
         train, held_out = Rows(store, np.arange(len(store))), Rows(eval_store, np.arange(len(eval_store)))
     else:
-        train, held_out = hold_out(store, config.val_size, config.seed)
+        train, held_out = hold_out(store, config.val_rows(len(store)), config.seed)
     size = model_size(source, config)
     plan = make_plan(
         config,
@@ -188,25 +196,17 @@ def _compile(
         sources, tokenizer=tokenizer, template=template, settings=settings, cache_dir=cache, say=say
     )
     if len(store) == 0:
-        raise DataError(tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names]))
+        raise DataError(
+            tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names])
+        )
     return store, report
 
 
-def hold_out(store: TokenStore, val_size: float | int, seed: int) -> tuple[Rows, Rows | None]:
-    """Keep a seeded part of the rows for validation; rows with equal tokens stay on one side.
-
-    val_size below 1 is a share, from 1 on a count. Raises TrainingError when nothing would be left.
-    """
+def hold_out(store: TokenStore, count: int, seed: int) -> tuple[Rows, Rows | None]:
+    """Keep about `count` seeded rows for validation, never more; rows with equal tokens stay on one side."""
     rows = len(store)
-    count = round(rows * val_size) if val_size < 1 else int(val_size)
     if count == 0:
         return Rows(store, np.arange(rows)), None
-    if count >= rows:
-        raise TrainingError(
-            tr(f"{count} rows are to be held out of {rows}", f"要留出 {count} 条验证数据，而总共只有 {rows} 条"),
-            where=f"val_size={val_size}",
-            remedy=f"val_size={max(1, rows // 10)}",
-        )
     groups: dict[bytes, list[int]] = {}
     for row in range(rows):
         groups.setdefault(store[row].input_ids.tobytes(), []).append(row)
@@ -236,7 +236,11 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "family": setup.source.family.name,
             "licence": setup.source.family.licence,
         },
-        "template": {"id": setup.template.id, "why": setup.template_reason, "stops": list(setup.template.stops)},
+        "template": {
+            "id": setup.template.id,
+            "why": setup.template_reason,
+            "stops": list(setup.template.stops),
+        },
         "data": {"key": setup.train.store.key, **setup.report.to_json()},
         "held_out": None
         if setup.held_out is None

@@ -1,0 +1,191 @@
+"""The whole run, small: what it leaves, and the invariants that only the loop can keep or break."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import sum_rows, tiny_model, write_rows
+
+from tuoling.config import load_config
+from tuoling.errors import ConfigError, DataError, OutputError, TrainingError
+from tuoling.train import loop
+from tuoling.train.checkpoint import checkpoints
+from tuoling.train.loop import RunResult, train
+
+
+def run(tmp_path: Path, model: Path, rows: list[dict[str, Any]] | None = None, **keys: Any) -> RunResult:
+    """Train on `rows` in float32 on the CPU with everything random switched off."""
+    data = write_rows(tmp_path / "rows.jsonl", rows if rows is not None else sum_rows(16))
+    settings = {
+        "model_name_or_path": str(model),
+        "data": [str(data)],
+        "output_dir": str(tmp_path / "run"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-2,
+        "template": "domain_bloom",
+        "plot_loss": False,
+        **keys,
+    }
+    return train(load_config((), (), settings).config, say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("bloom"))
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path) -> None:
+    result = run(tmp_path, bloom, num_train_epochs=6, val_size=4, save_steps=5, save_total_limit=1)
+    assert result.status == "finished"
+    done = json.loads((result.path / "all_results.json").read_text())
+    for key in ("train_loss_first", "train_loss_last", "eval_loss", "rows", "tokens", "learned_tokens"):
+        assert done[key] is not None, key
+    for key in ("steps", "seconds", "tokens_per_s", "peak_rss_gib", "peak_cuda_gib"):
+        assert done[key] is not None, key
+    assert done["rows"] == 12 and done["steps"] == 18
+    assert done["train_loss_last"] < 0.6 * done["train_loss_first"]
+    metrics = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == list(range(1, 19))
+    assert metrics[0]["loss"] == done["train_loss_first"] and metrics[-1]["loss"] == done["train_loss_last"]
+    assert sum(row["tokens"] for row in metrics) == done["tokens"]
+    manifest = json.loads((result.path / "run.json").read_text())
+    assert manifest["status"] == "finished" and manifest["template"]["id"] == "domain_bloom"
+    assert [path.name for path in checkpoints(result.path)] == ["checkpoint-15"]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "template.json", "tokenizer.json", "README.md"):
+        assert (result.path / name).is_file(), name
+    state = json.loads((result.path / "trainer_state.json").read_text())
+    assert state["global_step"] == 18
+    assert {row["step"] for row in state["log_history"] if "eval_loss" in row} == {3, 6, 9, 12, 15, 18}
+
+
+def test_every_row_is_seen_once_an_epoch(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    step = loop.train_step
+
+    def watch(fast: Any, optimizer: Any, accelerator: Any, batches: Any, norm: float) -> Any:
+        seen.extend(row for batch in batches for row in batch.rows)
+        return step(fast, optimizer, accelerator, batches, norm)
+
+    monkeypatch.setattr(loop, "train_step", watch)
+    run(tmp_path, bloom, sum_rows(7), num_train_epochs=3, per_device_train_batch_size=2)
+    assert len(seen) == 21
+    for epoch in range(3):
+        assert sorted(seen[epoch * 7 : epoch * 7 + 7]) == list(range(7))
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_type: str) -> None:
+    losses, weights = [], []
+    for name, micro, accumulate in (("a", 8, 1), ("b", 1, 8), ("c", 3, 1)):
+        more = {"batch_size": 8} if name == "a" else {"gradient_accumulation_steps": accumulate}
+        if name == "c":
+            continue
+        result = run(
+            tmp_path / name,
+            bloom,
+            finetuning_type=finetuning_type,
+            per_device_train_batch_size=micro,
+            num_train_epochs=2,
+            adam_epsilon=1e-3,  # Adam divides by the gradient's size: rounding noise must not be blown up
+            **more,
+        )
+        rows = (result.path / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+        file = "adapter_model.safetensors" if finetuning_type == "lora" else "model.safetensors"
+        weights.append(load_file(result.path / file))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for key, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][key], rtol=1e-4, atol=1e-6), key
+
+
+def test_two_runs_are_equal_bit_for_bit(tmp_path: Path, bloom: Path) -> None:
+    first = run(tmp_path / "a", bloom, lora_dropout=0.1)
+    second = run(tmp_path / "b", bloom, lora_dropout=0.1)
+    one = load_file(first.path / "adapter_model.safetensors")
+    two = load_file(second.path / "adapter_model.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
+    result = run(tmp_path, bloom, val_size=4, num_train_epochs=4, eval_steps=3, load_best_model_at_end=True)
+    best = load_file(result.path / "checkpoint-6" / "adapter_model.safetensors")
+    top = load_file(result.path / "adapter_model.safetensors")
+    assert all(torch.equal(best[key], top[key]) for key in top)
+    assert json.loads((result.path / "trainer_state.json").read_text())["best_model_checkpoint"] == "checkpoint-6"
+
+
+def test_ctrl_c_saves(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, count = loop.train_step, iter(range(100))
+
+    def interrupted(*args: Any) -> Any:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    result = run(tmp_path, bloom, num_train_epochs=10)
+    assert result.status == "interrupted" and result.results["steps"] == 3
+    assert (result.path / "adapter_model.safetensors").is_file()
+    assert json.loads((result.path / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = loop.batch_loss
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        loop, "batch_loss", lambda *a: good(*a) * (math.nan if next(calls) == 2 else 1.0)
+    )
+    with pytest.raises(TrainingError, match=r"step 3 is nan"):
+        run(tmp_path, bloom)
+    saved = json.loads((tmp_path / "run" / "nonfinite_rows.json").read_text())
+    assert saved["step"] == 3 and len(saved["rows"]) == 4
+    assert all(place.startswith(str(tmp_path / "rows.jsonl")) for place in saved["rows"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_full_folder_is_refused_and_can_be_moved_aside(tmp_path: Path, bloom: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="not empty"):
+        run(tmp_path, bloom)
+    run(tmp_path, bloom, overwrite_output_dir=True, max_steps=1)
+    assert (tmp_path / "run.old-1" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"data": ["nothing.json"]}, DataError, "nothing.json"),
+        ({"val_size": 100}, ConfigError, "val_size"),
+        ({"dtype": "fp16"}, ConfigError, "fp16"),
+        ({"max_seq_len": 4}, DataError, "max_seq_len"),
+        ({"template": "alpacca"}, Exception, "alpaca"),
+        ({"lora_target": ["q_proj"]}, ConfigError, "query_key_value"),
+    ],
+)
+def test_bad_settings_stop_before_anything_is_written(
+    tmp_path: Path, bloom: Path, keys: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error) as raised:
+        run(tmp_path, bloom, **keys)
+    assert words in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plain_text_is_trained_whole(tmp_path: Path, bloom: Path) -> None:
+    rows = [{"text": "春眠不觉晓，处处闻啼鸟。"}, {"text": "床前明月光，疑是地上霜。"}]
+    result = run(tmp_path, bloom, rows, stage="pt", finetuning_type="full", num_train_epochs=20)
+    assert result.results["train_loss_last"] < 0.5 * result.results["train_loss_first"]
+    assert (result.path / "model.safetensors").is_file()
