@@ -1,0 +1,153 @@
+"""ModelScope over plain HTTP: list the files, fetch each with Range, check its SHA-256."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tuoling import console, environment
+from tuoling.errors import ModelError, OutputError
+from tuoling.language import tr
+from tuoling.models.hub import RemoteFile, choose_files, is_verified, mark_verified, verify
+
+DEFAULT_ENDPOINT = "https://modelscope.cn"
+DEFAULT_REVISION = "master"
+TIMEOUT_S = 30.0
+RETRIES = 3
+_BLOCK = 1 << 20
+
+
+def fetch_modelscope(
+    model_id: str,
+    *,
+    revision: str | None = None,
+    to: Path | None = None,
+    weights: bool = True,
+    again: bool = False,
+) -> Path:
+    """The local folder of a ModelScope id. Unfinished files are kept as `.part` and resumed by Range."""
+    revision = revision or DEFAULT_REVISION
+    folder = to or environment.cache_dir() / "modelscope" / model_id / revision
+    if not again and to is None and is_verified(folder, weights=weights):
+        return folder
+    endpoint = environment.modelscope_endpoint() or DEFAULT_ENDPOINT
+    files = choose_files(_list_files(endpoint, model_id, revision), weights=weights)
+    if not files:
+        raise ModelError(tr("the repository holds no model files", "该仓库里没有模型文件"), where=model_id)
+    size = sum(file.size_bytes for file in files) / 2**20
+    console.note(
+        tr(
+            f"{model_id}: {len(files)} files, {size:,.1f} MiB, from {endpoint}",
+            f"{model_id}：{len(files)} 个文件，{size:,.1f} MiB，来自 {endpoint}",
+        )
+    )
+    for file in files:
+        _fetch_file(endpoint, model_id, revision, file, folder)
+    mark_verified(folder, weights=weights)
+    return folder
+
+
+def _request(url: str, headers: dict[str, str] | None = None) -> urllib.request.Request:
+    sent = {"User-Agent": "tuoling", **(headers or {})}
+    token = environment.secret("MODELSCOPE_API_TOKEN")
+    if token:
+        sent["Authorization"] = f"Bearer {token}"
+    return urllib.request.Request(url, headers=sent)
+
+
+def _list_files(endpoint: str, model_id: str, revision: str) -> list[RemoteFile]:
+    query = urllib.parse.urlencode({"Revision": revision, "Recursive": "True"})
+    url = f"{endpoint}/api/v1/models/{urllib.parse.quote(model_id)}/repo/files?{query}"
+    try:
+        with urllib.request.urlopen(_request(url), timeout=TIMEOUT_S) as response:
+            body: Any = json.load(response)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            raise _unknown(model_id, revision) from error
+        raise _unreachable(model_id, error) from error
+    except (OSError, ValueError) as error:
+        raise _unreachable(model_id, error) from error
+    entries = (body.get("Data") or {}).get("Files") if isinstance(body, dict) else None
+    if entries is None:
+        raise _unknown(model_id, revision)
+    return [
+        RemoteFile(_inside(entry["Path"]), int(entry.get("Size") or 0), entry.get("Sha256") or None)
+        for entry in entries
+        if entry.get("Type") != "tree"
+    ]
+
+
+def _inside(path: str) -> str:
+    """A server must not name a file outside the model's folder."""
+    parts = Path(path).parts
+    if not parts or Path(path).is_absolute() or ".." in parts:
+        raise ModelError(tr(f"the hub names a forbidden path: {path}", f"模型库给出了非法路径：{path}"))
+    return path
+
+
+def _fetch_file(endpoint: str, model_id: str, revision: str, file: RemoteFile, folder: Path) -> None:
+    path = folder / file.path
+    if path.is_file() and path.stat().st_size == file.size_bytes:
+        verify(folder, [file])
+        return
+    part = path.with_name(path.name + ".part")
+    query = urllib.parse.urlencode({"Revision": revision, "FilePath": file.path})
+    url = f"{endpoint}/api/v1/models/{urllib.parse.quote(model_id)}/repo?{query}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            tr(f"cannot write: {error.strerror}", f"无法写入：{error.strerror}"), where=str(path)
+        ) from error
+    last: Exception | None = None
+    for _ in range(RETRIES):
+        try:
+            _append(url, part, file.size_bytes)
+        except (OSError, urllib.error.URLError) as error:
+            last = error
+            continue
+        if part.stat().st_size >= file.size_bytes:
+            break
+    if not part.is_file() or part.stat().st_size < file.size_bytes:
+        raise _unreachable(f"{model_id}/{file.path}", last or OSError("the connection closed early"))
+    verify(folder, [RemoteFile(file.path + ".part", file.size_bytes, file.sha256)])
+    part.replace(path)
+
+
+def _append(url: str, part: Path, size_bytes: int) -> None:
+    """Fetch what is missing behind the end of `part`; start over where the server ignores Range."""
+    have = part.stat().st_size if part.is_file() else 0
+    if have > size_bytes:
+        part.unlink()
+        have = 0
+    if have == size_bytes and part.is_file():
+        return
+    headers = {"Range": f"bytes={have}-"} if have else None
+    with urllib.request.urlopen(_request(url, headers), timeout=TIMEOUT_S) as response:
+        mode = "ab" if response.status == 206 else "wb"
+        with part.open(mode) as out:
+            while block := response.read(_BLOCK):
+                out.write(block)
+
+
+def _unknown(model_id: str, revision: str) -> ModelError:
+    return ModelError(
+        tr(
+            f"no such model or revision on ModelScope ({revision})",
+            f"ModelScope 上没有该模型或版本（{revision}）",
+        ),
+        where=model_id,
+        remedy=tr("check the spelling", "请检查拼写"),
+    )
+
+
+def _unreachable(what: str, error: Exception) -> ModelError:
+    return ModelError(
+        tr(f"ModelScope cannot be reached: {error}", f"无法连接 ModelScope：{error}"),
+        where=what,
+        remedy=tr("run it again: what has come is kept", "再运行一次：已下载的部分会保留"),
+    )
