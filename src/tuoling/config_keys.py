@@ -1,0 +1,339 @@
+"""Every key of a run: its type, its default, its range, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from tuoling.errors import ConfigError
+from tuoling.language import tr
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+"""Defaults that suit adapters and whole models; written into the resolved config like any other value."""
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+def _words(value: Any) -> Any:
+    """A list may be written as one text with commas."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _files(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _trackers(value: Any) -> Any:
+    words = _words(value)
+    return tuple(word for word in words if word != "none") if isinstance(words, tuple) else words
+
+
+def _dtype(value: Any) -> Any:
+    return DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Files = Annotated[tuple[str, ...], BeforeValidator(_files)]
+Tracker = Literal["tensorboard", "wandb", "swanlab"]
+
+
+class RunConfig(BaseModel):
+    """What a run was asked to do, resolved. The same keys in YAML, on the command line, here and in run.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    # model
+    model_name_or_path: str | None = None
+    adapter_name_or_path: str | None = None
+    model_revision: str | None = None
+    template: str | None = None
+    allow_remote_code: bool = False
+
+    # what is trained
+    stage: Literal["sft", "pt"] = "sft"
+    finetuning_type: Literal["lora", "full"] = "lora"
+    recipe: str | None = None
+
+    # rows
+    data: Files = ()
+    dataset_dir: str | None = None
+    dataset: Words = ()
+    """Names in `dataset_dir`/dataset_info.json."""
+    eval_data: Files = ()
+    eval_dataset: Words = ()
+    val_size: Annotated[Number, Field(ge=0)] = 0.0
+    """Held-out rows: below 1 a share, from 1 on a count."""
+    val_max_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Never hold out more than this share, whatever `val_size` says."""
+    data_format: str | None = None
+    columns: dict[str, str] | None = None
+    max_samples: Annotated[Whole, Field(gt=0)] | None = None
+    """At most the first so many rows of each file or dataset."""
+    max_seq_len: Annotated[Whole, Field(gt=1)] = 1024
+    overlong: Literal["error", "drop", "cut_prompt", "split"] = "error"
+    learn: Literal["all", "last"] = "all"
+    learn_cut_answers: bool = False
+    train_on_inputs: bool = False
+    allow_bad: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of rows that may be bad before the run is refused."""
+
+    # adapter
+    lora_rank: Annotated[Whole, Field(gt=0)] = 8
+    lora_alpha: Annotated[Whole, Field(gt=0)] = 16
+    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    lora_target: Words = ("all",)
+
+    # steps
+    per_device_train_batch_size: Annotated[Whole, Field(gt=0)] = 4
+    per_device_eval_batch_size: Annotated[Whole, Field(gt=0)] = 8
+    gradient_accumulation_steps: Annotated[Whole, Field(gt=0)] = 1
+    batch_size: Annotated[Whole, Field(gt=0)] | None = None
+    """Rows of one optimizer step over all devices; accumulation follows from it (`accumulation`)."""
+    num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
+    max_steps: Annotated[Whole, Field(ge=-1)] = -1
+    """Above 0 it decides instead of `num_train_epochs`."""
+    learning_rate: Annotated[Number, Field(gt=0)] = LEARNING_RATES["lora"]
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
+    """When given it decides instead of `warmup_ratio`."""
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
+    """0 switches clipping off."""
+    seed: Annotated[Whole, Field(ge=0)] = 42
+
+    # evaluate, save, log
+    eval_steps: Annotated[Whole, Field(ge=0)] | None = None
+    """None: at the end of each epoch. 0: only at the end."""
+    save_steps: Annotated[Whole, Field(ge=0)] | None = 500
+    """None: at the end of each epoch. 0: only at the end (the end is always saved)."""
+    save_total_limit: Annotated[Whole, Field(gt=0)] | None = 3
+    logging_steps: Annotated[Whole, Field(gt=0)] = 10
+    load_best_model_at_end: bool = False
+
+    # machine
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    gradient_checkpointing: bool = False
+
+    # output
+    output_dir: str | None = None
+    overwrite_output_dir: bool = False
+    """The old folder is moved aside, never deleted."""
+    plot_loss: bool = True
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = ()
+    run_name: str | None = None
+
+    # generation, for the commands that generate
+    max_new_tokens: Annotated[Whole, Field(gt=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] | None = None
+    num_beams: Annotated[Whole, Field(gt=0)] | None = None
+    do_sample: bool | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Values that follow from other values, put in before anything is frozen."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        kind = values.get("finetuning_type", "lora")
+        values.setdefault(
+            "learning_rate", LEARNING_RATES.get(kind if isinstance(kind, str) else "lora", 2e-4)
+        )
+        total = values.get("batch_size")
+        if isinstance(total, int) and total > 0:
+            if "per_device_train_batch_size" not in values:
+                fitting = [size for size in (4, 3, 2, 1) if total % size == 0]
+                values["per_device_train_batch_size"] = fitting[0]
+            per_device = values["per_device_train_batch_size"]
+            fits = isinstance(per_device, int) and per_device > 0 and total % per_device == 0
+            if fits and "gradient_accumulation_steps" not in values:
+                values["gradient_accumulation_steps"] = total // per_device
+        return values
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        found = list(cross_issues(self.model_dump()))
+        if found:
+            raise PydanticCustomError("run_config", "keys that disagree", {"issues": found})
+        return self
+
+    def require(self, *keys: str) -> None:
+        """Raise ConfigError for the keys among these that have no value."""
+        names = {"data": ("data", "dataset")}
+        missing = [key for key in keys if not any(getattr(self, name) for name in names.get(key, (key,)))]
+        if missing:
+            listed = ", ".join(missing)
+            raise ConfigError(
+                tr(f"missing: {listed}", f"缺少：{listed}"),
+                remedy=tr(f"for example {missing[0]}=PATH", f"例如 {missing[0]}=路径"),
+            )
+
+    def accumulation(self, world_size: int = 1) -> int:
+        """Micro-batches a device adds up before a step. Raises ConfigError where `batch_size` cannot be met exactly."""
+        if self.batch_size is None:
+            return self.gradient_accumulation_steps
+        at_once = self.per_device_train_batch_size * world_size
+        if self.batch_size % at_once:
+            below, above = self.batch_size // at_once * at_once, -(-self.batch_size // at_once) * at_once
+            near = " / ".join(f"batch_size={size}" for size in (below, above) if size)
+            raise ConfigError(
+                tr(
+                    f"batch_size={self.batch_size} is not a multiple of per_device_train_batch_size="
+                    f"{self.per_device_train_batch_size} × {world_size} devices",
+                    f"batch_size={self.batch_size} 不是 per_device_train_batch_size="
+                    f"{self.per_device_train_batch_size} × {world_size} 个设备的整数倍",
+                ),
+                remedy=near,
+            )
+        return self.batch_size // at_once
+
+    def val_rows(self, rows: int) -> int:
+        """How many of `rows` are held out. Raises ConfigError when nothing would be left to train on."""
+        if self.val_size < 1:
+            held_out = int(rows * self.val_size)
+        else:
+            held_out = int(self.val_size)
+        if self.val_max_share is not None:
+            held_out = min(held_out, int(rows * self.val_max_share))
+        if held_out >= rows > 0:
+            raise ConfigError(
+                tr(
+                    f"val_size={self.val_size:g} leaves nothing to train on: there are {rows} rows",
+                    f"val_size={self.val_size:g} 会让训练集为空：一共只有 {rows} 行",
+                ),
+                where="val_size",
+                remedy="val_size=0.1",
+            )
+        return held_out
+
+
+def cross_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """(key, problem, remedy) where two keys do not go together. Values of the wrong type are left to their own checks."""
+    total, per_device, steps = (
+        values.get(key)
+        for key in ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if isinstance(total, int) and isinstance(per_device, int) and per_device > 0:
+        if total % per_device:
+            near = (
+                max(size for size in range(1, min(total, per_device) + 1) if total % size == 0)
+                if total > 0
+                else 1
+            )
+            yield (
+                "batch_size",
+                tr(
+                    f"batch_size={total} is not a multiple of per_device_train_batch_size={per_device}",
+                    f"batch_size={total} 不是 per_device_train_batch_size={per_device} 的整数倍",
+                ),
+                f"per_device_train_batch_size={near}",
+            )
+        elif isinstance(steps, int) and per_device * steps != total:
+            yield (
+                "batch_size",
+                tr(
+                    f"batch_size={total}, but per_device_train_batch_size={per_device} × "
+                    f"gradient_accumulation_steps={steps} = {per_device * steps}",
+                    f"batch_size={total}，但 per_device_train_batch_size={per_device} × "
+                    f"gradient_accumulation_steps={steps} = {per_device * steps}",
+                ),
+                tr("give batch_size or gradient_accumulation_steps, not both", "二者只给一个即可"),
+            )
+    val_size = values.get("val_size") or 0
+    if isinstance(val_size, (int, float)) and val_size >= 1 and val_size != math.floor(val_size):
+        yield (
+            "val_size",
+            tr(
+                f"val_size={val_size}: below 1 it is a share, from 1 on a whole number of rows",
+                f"val_size={val_size}：小于 1 表示比例，大于等于 1 必须是整数行数",
+            ),
+            None,
+        )
+    if val_size and (values.get("eval_data") or values.get("eval_dataset")):
+        name = "eval_data" if values.get("eval_data") else "eval_dataset"
+        yield (
+            "val_size",
+            tr(f"val_size and {name} are both given", f"val_size 和 {name} 同时给出了"),
+            tr("keep one of the two: val_size=0 keeps the file", "保留其中一个：val_size=0 则使用文件"),
+        )
+    if values.get("dataset") and values.get("data"):
+        yield (
+            "dataset",
+            tr("data (files) and dataset (names) are both given", "data（文件）和 dataset（名称）同时给出了"),
+            tr("keep one of the two", "保留其中一个"),
+        )
+
+
+def explain(error: ValidationError) -> Iterator[tuple[str, str, str | None]]:
+    """(key, problem with the value in it, remedy) for each thing pydantic found."""
+    for item in error.errors():
+        if item["type"] == "run_config":
+            yield from item["ctx"]["issues"]
+            continue
+        key = str(item["loc"][0]) if item["loc"] else ""
+        value = item.get("input")
+        shown = f"{key}={value}" if not isinstance(value, dict) else key
+        if item["type"] == "extra_forbidden":
+            yield key, tr(f"unknown key: {key}", f"未知的键：{key}"), None
+            continue
+        yield key, f"{shown}: {_expected(item['type'], item.get('ctx') or {}, key)}", _remedy(key, value)
+
+
+def _expected(kind: str, context: Mapping[str, Any], key: str) -> str:
+    """What should have stood there."""
+    if kind == "literal_error":
+        choices = str(context["expected"]).replace("'", "").replace(" or ", ", ")
+        return tr(f"must be one of {choices}", f"只能是 {choices} 之一")
+    for name, en, zh in (
+        ("gt", "must be greater than", "必须大于"),
+        ("ge", "must be at least", "不能小于"),
+        ("lt", "must be less than", "必须小于"),
+        ("le", "must be at most", "不能大于"),
+    ):
+        if name in context:
+            return tr(f"{en} {context[name]:g}", f"{zh} {context[name]:g}")
+    if kind == "string_pattern_mismatch":
+        return tr("must be auto, cpu, cuda, cuda:N or mps", "只能是 auto、cpu、cuda、cuda:N 或 mps")
+    if kind.startswith("int"):
+        return tr("must be a whole number", "必须是整数")
+    if kind.startswith(("float", "number", "finite")):
+        return tr("must be a number", "必须是数字")
+    if kind.startswith("bool"):
+        return tr("must be true or false", "只能是 true 或 false")
+    if kind.startswith("dict"):
+        return tr("must be pairs, such as {instruction: ask}", "必须是键值对，例如 {instruction: ask}")
+    if kind.startswith("tuple"):
+        return tr("must be a list", "必须是列表")
+    return tr("must be a text", "必须是文本")
+
+
+def _remedy(key: str, value: Any) -> str | None:
+    if key == "finetuning_type":
+        return tr("full trains every weight, lora an adapter", "full 训练全部权重，lora 训练适配器")
+    if key == "stage":
+        return tr(
+            f"stage {value} is not trained here; sft (instruction rows) and pt (plain text) are",
+            f"这里不支持 {value} 阶段；支持 sft（指令数据）和 pt（纯文本）",
+        )
+    return None
