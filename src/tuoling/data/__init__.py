@@ -1,0 +1,1 @@
+"""Rows in: read any format, check every row, find duplicates, split, convert."""

@@ -1,0 +1,199 @@
+"""Rows: from any source to conversations with their places and problems, one at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuoling.data.containers import Container, read_container, sniff
+from tuoling.data.formats import Detector, formats, get_format
+from tuoling.data.json_stream import Raw
+from tuoling.data.row import (
+    UNKNOWN,
+    Place,
+    Problem,
+    Record,
+    Row,
+    RowError,
+    RowFormat,
+    type_name,
+)
+from tuoling.data.sources import Source
+from tuoling.data.verdicts import column_verdicts, judge
+from tuoling.language import tr
+from tuoling.text.conversation import Conversation
+
+_MODAL_COLUMNS = frozenset(("images", "image", "videos", "video", "audios", "audio", "tools"))
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What a source was taken for, to be printed. columns: those read as question and answer, where not plain."""
+
+    path: str
+    container: str
+    format: str
+    columns: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """One line for people."""
+        columns = f" ({' → '.join(self.columns)})" if self.columns else ""
+        return f"{self.path}: {self.container}; {tr('format', '格式')} {self.format}{columns}"
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Every row of a source, in order, bad ones with their problems; memory does not grow with the file.
+
+    `source.sample` keeps that many rows, drawn with `source.seed`, in file order (all, where there are fewer).
+    Raises DataError for a source that is missing, empty or binary, MissingPackage for Parquet and hub sources.
+    """
+    reader = _RowReader(source)
+    if source.sample is None:
+        for number, raw in enumerate(_raw_rows(source), 1):
+            yield reader.row(number, raw)
+        return
+    count = sum(1 for _ in _raw_rows(source))
+    chosen = set(random.Random(source.seed).sample(range(1, count + 1), min(source.sample, count)))
+    for number, raw in enumerate(_raw_rows(source), 1):
+        if number in chosen:
+            yield reader.row(number, raw)
+
+
+def is_trained(name: str, source: Source) -> bool:
+    """True where rows of this format are learned from: others only when `source.format` asks for them by name."""
+    if name == UNKNOWN:
+        return False
+    return formats()[name].trainable or source.format == name
+
+
+def guess(source: Source) -> Guess:
+    """What the source is taken for: its container, and the format of its first readable row."""
+    reader = _RowReader(source)
+    words = tr("dataset of the hub", "hub 数据集") if source.hub else _container(source).words
+    for number, raw in enumerate(_raw_rows(source), 1):
+        row = reader.row(number, raw)
+        if row.format != UNKNOWN or number >= 200:
+            format = formats().get(row.format)
+            record = reader.mapped(row.record)
+            reads = format.reads(record) if format and format.reads and isinstance(record, Mapping) else ()
+            return Guess(source.path, words, row.format, reads)
+    return Guess(source.path, words, UNKNOWN)
+
+
+def _container(source: Source) -> Container:
+    return sniff(source.path, format=source.format, columns=source.columns)
+
+
+def _raw_rows(source: Source) -> Iterator[Raw]:
+    if source.hub is not None:
+        from tuoling.data.hub import read_hub_rows
+
+        return read_hub_rows(source)
+    return read_container(source.path, _container(source))
+
+
+class _RowReader:
+    """Raw records of one source → rows. Remembers what rows of each shape are."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._detect = Detector()
+        self._fixed: RowFormat | None = None
+        if source.format is not None:
+            self._fixed = get_format("text" if source.format == "text_blocks" else source.format)
+        self._columns = dict(source.columns or {})
+        self._tags = dict(source.tags or {})
+
+    def row(self, number: int, raw: Raw) -> Row:
+        """The row of one raw record; never raises for what is in it."""
+        line, value, problem, flag = raw
+        place = Place(self._source.path, line, number)
+        flags = (flag,) if flag is not None else ()
+        if problem is not None:
+            return Row(place, UNKNOWN, None, (problem,), value, flags)
+        if not isinstance(value, Mapping):
+            wrong = tr(
+                f"the row is {type_name(value)}, want an object", f"这一行是{type_name(value)}，应为对象"
+            )
+            return Row(place, UNKNOWN, None, (Problem("", "wrong_type", wrong),), value, flags)
+        try:
+            record = self.mapped(value)
+        except RowError as error:
+            return Row(place, UNKNOWN, None, (error.problem,), value, flags)
+        format = self._fixed or self._detect(record)
+        if format is None:
+            return Row(place, UNKNOWN, None, (_no_format(record),), value, flags)
+        try:
+            conversation = format.parse(record)
+        except RowError as error:
+            return Row(place, format.name, None, (error.problem,), value, flags)
+        return self._judged(place, format, conversation, record, value, flags)
+
+    def _judged(
+        self,
+        place: Place,
+        format: RowFormat,
+        conversation: Conversation,
+        record: Record,
+        value: Any,
+        flags: tuple[Problem, ...],
+    ) -> Row:
+        problems, more = judge(format, conversation, record)
+        if more:
+            flags += more
+        if not _MODAL_COLUMNS.isdisjoint(record):
+            beside = column_verdicts(record)
+            problems, flags = problems + beside[0], flags + beside[1]
+        return Row(place, format.name, conversation, problems, value, flags)
+
+    def mapped(self, record: Any) -> Any:
+        """The record under our names: `columns` renames, `tags` rewrites the keys and speakers of its messages.
+
+        Raises RowError where a named column is not there.
+        """
+        if not isinstance(record, Mapping) or not (self._columns or self._tags):
+            return record
+        taken = set(self._columns.values())
+        renamed = {
+            key: value for key, value in record.items() if key not in taken and key not in self._columns
+        }
+        for ours, theirs in self._columns.items():
+            if theirs in record:
+                renamed[ours] = record[theirs]
+            elif ours not in self._source.optional_columns:
+                names = ", ".join(map(str, record))
+                message = tr(f"no column `{theirs}`; there are: {names}", f"没有列 `{theirs}`；现有：{names}")
+                raise RowError(theirs, "missing_field", message)
+        if self._tags:
+            for field in ("conversations", "messages"):
+                if isinstance(renamed.get(field), list):
+                    renamed[field] = [self._retagged(turn) for turn in renamed[field]]
+        return renamed
+
+    def _retagged(self, turn: Any) -> Any:
+        """One message under our keys and speakers, by LLaMA-Factory's tags."""
+        if not isinstance(turn, Mapping):
+            return turn
+        speakers = {
+            self._tags.get(f"{role}_tag"): name
+            for role, name in (("user", "user"), ("assistant", "assistant"), ("system", "system"))
+        }
+        role = turn.get(self._tags.get("role_tag", "from"))
+        text = turn.get(self._tags.get("content_tag", "value"))
+        return {"role": speakers.get(role, role), "content": text}
+
+
+def _no_format(record: Record) -> Problem:
+    keys = ", ".join(f"`{key}`" for key in list(record)[:12]) or tr("none", "无")
+    return Problem(
+        "",
+        "unknown_format",
+        tr(
+            f"no row format has these keys: {keys}; name them with --columns instruction=...,output=... "
+            "or choose a --format",
+            f"没有哪种数据格式有这些键：{keys}；请用 --columns instruction=…,output=… 说明，或用 --format 指定",
+        ),
+    )
