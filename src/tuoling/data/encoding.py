@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, TextIO, cast
 
 from tuoling.errors import DataError
 from tuoling.language import tr
@@ -61,7 +61,7 @@ class Encoding:
 def open_bytes(path: str, *, gz: bool) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed. Raises DataError where it cannot be opened."""
     try:
-        file: IO[bytes] = gzip.open(path, "rb") if gz else Path(path).open("rb")
+        file = cast(IO[bytes], gzip.open(path, "rb") if gz else Path(path).open("rb"))  # noqa: SIM115
     except OSError as error:
         raise DataError(
             tr(f"cannot read: {error.strerror}", f"无法读取：{error.strerror}"), where=path

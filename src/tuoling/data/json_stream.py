@@ -45,7 +45,8 @@ def read_json_lines(file: TextIO) -> Iterator[Raw]:
 
 def _odd_line(number: int, line: str, error: Exception) -> Iterator[Raw]:
     """A line that is not one JSON value: several values, a comma after it, or broken."""
-    values, position, comma = [], 0, False
+    values: list[Any] = []
+    position, comma = 0, False
     text = line.rstrip("\n")
     try:
         while position < len(text):

@@ -141,6 +141,15 @@ class _RowReader:
         value: Any,
         flags: tuple[Problem, ...],
     ) -> Row:
+        turns = conversation.turns
+        if format.turns_field and format.answered and len(turns) > 2 and turns[-1].role == "user":
+            conversation = Conversation(turns[:-1])  # what was answered before is worth learning
+            field = f"{format.turns_field}[-1]"
+            message = tr(
+                f"`{field}` has no answer: this last turn is left out",
+                f"`{field}` 没有回答：最后这一轮不参与训练",
+            )
+            flags += (Problem(field, "unanswered_end", message),)
         problems, more = judge(format, conversation, record)
         if more:
             flags += more

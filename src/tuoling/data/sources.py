@@ -366,7 +366,7 @@ def _registry_columns(entry: Mapping[str, object]) -> tuple[dict[str, str], froz
         if sharegpt
         else {"prompt": "instruction", "query": "input", "response": "output"}
     )
-    columns = {names.get(key, key): str(value) for key, value in given.items() if value}
+    columns = {names.get(str(key), str(key)): str(value) for key, value in given.items() if value}
     if not sharegpt and "output" not in columns and len(columns) == 1 and "instruction" in columns:
         return {"text": columns["instruction"]}, frozenset()
     return columns, frozenset(columns) - {"instruction", "output", "conversations"}

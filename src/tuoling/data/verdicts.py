@@ -1,7 +1,8 @@
 """What makes a conversation bad, and what is only pointed at.
 
 Bad: nothing to ask or to learn, turns out of order, text broken by a wrong encoding.
-Flagged: unfilled placeholders, literal `\\n` and `\\"` left by escaping twice, columns that are not trained.
+Flagged: unfilled placeholders, literal `\\n` and `\\"` left by escaping twice, columns that are not trained, and (by
+the reader, `read.py`) a last turn that nobody answered.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from tuoling.text.conversation import Conversation, Turn
 
 _BLANK = " \t\n\r\f\v\u3000\u00a0\u200b\u200c\u200d\u2060\ufeff"
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]{1,8}代号\]|\{\{ ?(?:name|author|NAME|AUTHOR) ?\}\}|<(?:NAME|AUTHOR)>")
-_UTF8_LEADS = "äåæçèé"  # UTF-8's first bytes of Chinese characters, read as Latin-1
+_SUSPECT = re.compile("[\ufffd锟äåæçèéïâÄÊÒµÎ锛銆鐨鎴浣\\\\{\\]<]")
+"""One cheap look (about 1.8 µs for 270 characters): no hit, nothing broken and nothing to flag. It holds U+FFFD, the
+first bytes of Chinese in UTF-8 as Latin-1, GBK's commonest lead bytes as Latin-1, and marks of UTF-8 read as GBK."""
+_UTF8_LEADS = re.compile("[äåæçèé]|ï¿½|â€")
+_GBK_LEADS = re.compile("[ÄÊÒµÎ]")
 _UTF8_AS_LATIN = re.compile(
     r"(?:[\u00e2-\u00e9ï][\u0080-\u00ff\u0152-\u0192\u02c6-\u02dc\u2013-\u203a\u20ac\u2122]{2})+"
 )
 _GBK_AS_LATIN = re.compile(r"[\u00a1-\u00f7\u00f8-\u00fe]{8,}")
+_LONE_DEBRIS = re.compile(
+    "[äåæç][\u0080-\u009f\u00a1-\u00b7\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u20ac\u2122]"
+)
 _UTF8_AS_GBK_SIGNS = ("锛", "銆", "鐨", "鎴", "浣犲")  # ，。的我你 in UTF-8, read as GBK
 _CJK = re.compile(r"[\u4e00-\u9fff\u3000-\u303f\uff00-\uffef]")
-_CJK_RUN = re.compile(r"[\u3400-\u9fff\ue000-\uf8ff€]{4,}")
+_FOREIGN_RUN = re.compile(r"[^\x00-\x7f]{4,}")
 _ESCAPED = re.compile(r'\\\\?n|\\+"')
 _CODE = re.compile(r"```|[{}]|;\s*(?:\n|$)|print|printf|正则|转义|换行符|regex|\\[dws]|\\begin|\$")
 _MODALITIES = ("images", "image", "videos", "audios", "audio")
-
-
-def is_blank(text: str) -> bool:
-    """True where the text is empty, or holds nothing but spaces, zero-width ones among them."""
-    return not text or (text[0] in _BLANK and not text.strip(_BLANK))
 
 
 def mojibake(text: str) -> str | None:
@@ -46,30 +49,27 @@ def mojibake(text: str) -> str | None:
         return text[max(0, at - 6) : at + 6]
     if text.isascii():
         return None
-    if any(lead in text for lead in _UTF8_LEADS) or "ï¿½" in text or "â€" in text:
+    if _UTF8_LEADS.search(text):
         for match in _UTF8_AS_LATIN.finditer(text):
             if _repaired(match[0], "cp1252", "utf-8") or _repaired(match[0], "latin-1", "utf-8"):
                 return match[0][:12]
-    if _may_be_gbk_as_latin(text):
+        if match := _LONE_DEBRIS.search(text):
+            return text[match.start() : match.start() + 6]
+    if _GBK_LEADS.search(text):
         for match in _GBK_AS_LATIN.finditer(text):
-            if len(set(match[0])) >= 5 and _repaired(match[0][: len(match[0]) // 2 * 2], "latin-1", "gbk"):
+            if len(set(match[0])) >= 5 and _is_common_gbk(match[0][: len(match[0]) // 2 * 2]):
                 return match[0][:12]
     if any(sign in text for sign in _UTF8_AS_GBK_SIGNS):
-        for match in _CJK_RUN.finditer(text):
-            if _repaired(match[0], "gb18030", "utf-8", lenient=True):
+        for match in _FOREIGN_RUN.finditer(text):
+            if _repaired(match[0], "gb18030", "utf-8"):
                 return match[0][:12]
     return None
 
 
-def _may_be_gbk_as_latin(text: str) -> bool:
-    """A cheap first look: GBK's commonest lead bytes (0xB5, 0xC4, 0xCE, 0xD2, 0xCA) as Latin-1 characters."""
-    return "Ä" in text or "Ê" in text or "Ò" in text or "µ" in text or "Î" in text
-
-
-def _repaired(debris: str, wrong: str, right: str, *, lenient: bool = False) -> bool:
+def _repaired(debris: str, wrong: str, right: str) -> bool:
     """True where encoding with the wrong codec and decoding with the right one gives Chinese (or its punctuation).
 
-    cp1252 leaves five bytes undefined; those pass as Latin-1. `lenient` allows three characters of ten to be lost.
+    cp1252 leaves five bytes undefined; those pass as Latin-1. Three characters of ten may be lost.
     """
     encoded = bytearray()
     for character in debris:
@@ -79,23 +79,19 @@ def _repaired(debris: str, wrong: str, right: str, *, lenient: bool = False) -> 
             if ord(character) > 0xFF:
                 return False
             encoded.append(ord(character))
-    try:
-        text = bytes(encoded).decode(right, "replace" if lenient else "strict")
-    except UnicodeDecodeError:
-        return False
-    good = len(_CJK.findall(text)) + text.count("\ufffd") * (not lenient)
-    typographic = sum(c in "‘’“”—–…•" for c in text)
-    if right == "gbk":  # level-1 hanzi only: any two Latin letters are some rare hanzi
-        return all("\u4e00" <= c <= "\u9fff" or c in "，。：；！？、“”（）" for c in text) and _common_hanzi(
-            text
-        )
-    return good + typographic >= max(1, 0.7 * len(text))
+    text = bytes(encoded).decode(right, "replace")
+    good = len(_CJK.findall(text)) + sum(c in "‘’“”—–…•" for c in text)
+    return good >= max(1, 0.7 * len(text))
 
 
-def _common_hanzi(text: str) -> bool:
-    """True where at least one character of three is among the commonest of modern Chinese."""
-    common = "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里，。：、？"
-    return sum(c in common for c in text) * 3 >= len(text)
+def _is_common_gbk(debris: str) -> bool:
+    """True where Latin-1 characters, as bytes, are GBK's level-1 hanzi or its punctuation throughout.
+
+    Any two high bytes are some rare hanzi; level 1 (leads 0xB0 to 0xD7) holds the 3,755 in daily use.
+    """
+    leads = debris.encode("latin-1")[0::2]
+    trails = debris.encode("latin-1")[1::2]
+    return all(0xB0 <= lead <= 0xD7 or lead in (0xA1, 0xA3) for lead in leads) and min(trails) >= 0xA1
 
 
 def text_flags(text: str) -> list[tuple[str, str]]:
@@ -125,8 +121,10 @@ def field_of(format: RowFormat, turns: tuple[Turn, ...], index: int, record: Rec
     role = turns[index].role
     if format.turns_field:
         entries = record.get(format.turns_field)
-        offset = len(turns) - len(entries) if isinstance(entries, list) else 0
-        return f"{format.turns_field}[{max(0, index - offset)}]" if 0 <= offset <= 1 else format.turns_field
+        offset = (
+            max(0, len(turns) - len(entries)) if isinstance(entries, list) else 0
+        )  # a system text beside them
+        return f"{format.turns_field}[{max(0, index - offset)}]"
     if role == "system":
         return "system"
     last = {"assistant": format.answer_field, "user": format.question_field, "text": format.answer_field}[
@@ -200,24 +198,23 @@ def judge(
         if wrong:
             problems.append(wrong)
     for index, turn in enumerate(turns):
-        texts = (turn.text, turn.context) if turn.context else (turn.text,)
-        if is_blank(turn.text):
+        text = turn.text
+        if not text or (text[0] in _BLANK and not text.strip(_BLANK)):
             problems.append(_empty(turn, field_of(format, turns, index, record)))
-        for text in texts:
-            broken = mojibake(text)
-            if broken:
-                field = field_of(format, turns, index, record)
-                problems.append(
-                    Problem(
-                        field,
-                        "mojibake",
-                        tr(f"`{field}` is garbled: {broken!r}", f"`{field}` 有乱码：{broken!r}"),
-                    )
-                )
-            if "\\" in text or "{{" in text or "代号]" in text or "<NAME>" in text or "<AUTHOR>" in text:
-                field = field_of(format, turns, index, record)
-                flags += [Problem(field, code, f"`{field}`: {message}") for code, message in text_flags(text)]
+        if _SUSPECT.search(text):
+            _inspect(text, field_of(format, turns, index, record), problems, flags)
+        if turn.context and _SUSPECT.search(turn.context):
+            _inspect(turn.context, "input", problems, flags)
     return tuple(problems), tuple(flags)
+
+
+def _inspect(text: str, field: str, problems: list[Problem], flags: list[Problem]) -> None:
+    """The slow look at a text in which something was seen."""
+    broken = mojibake(text)
+    if broken:
+        message = tr(f"`{field}` is garbled: {broken!r}", f"`{field}` 有乱码：{broken!r}")
+        problems.append(Problem(field, "mojibake", message))
+    flags += [Problem(field, code, f"`{field}`: {message}") for code, message in text_flags(text)]
 
 
 def column_verdicts(record: Record) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
