@@ -1,0 +1,89 @@
+"""`tuoling report`: what a run did, as a picture and a few numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuoling import console
+from tuoling.language import tr
+
+if TYPE_CHECKING:
+    from tuoling.plots import History
+
+HELP = tr(
+    "Draw the loss of a run, or of anybody's trainer_state.json, and print its figures.",
+    "画出训练的损失曲线并列出数字；任何人的 trainer_state.json 也可以。",
+)
+
+
+def command(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help=tr(
+                "Run folder, metrics.jsonl or trainer_state.json.",
+                "训练目录、metrics.jsonl 或 trainer_state.json。",
+            ),
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="PNG", help=tr("Where to write the picture.", "图片写到哪里。")),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help=tr("Print one JSON object.", "输出一个 JSON 对象。"))
+    ] = False,
+) -> None:
+    """Read the log, draw it, print first, last and best."""
+    from tuoling import plots
+
+    rows = plots.read_history(run)
+    target = out or (run if run.is_dir() else run.parent) / "training_loss.png"
+    plots.loss_plot(rows, target)
+    found = summary(plots.history(rows))
+    found["picture"] = str(target)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    _show(found)
+
+
+def summary(history: History) -> dict[str, Any]:
+    """First, last and lowest of each loss, with their steps."""
+    found: dict[str, Any] = {
+        "steps": max(step for series in (history.loss, history.eval_loss) for step, _ in series)
+    }
+    for name, series in (("loss", history.loss), ("eval_loss", history.eval_loss)):
+        if series:
+            lowest = min(series, key=lambda point: point[1])
+            found[name] = {
+                "first": series[0][1],
+                "last": series[-1][1],
+                "lowest": lowest[1],
+                "lowest_step": lowest[0],
+            }
+    if history.learning_rate:
+        found["learning_rate_highest"] = max(value for _, value in history.learning_rate)
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in (tr("first", "最初"), tr("last", "最后"), tr("lowest", "最低"), tr("at step", "所在步数")):
+        table.add_column(name, justify="right")
+    for key, label in (("loss", tr("train loss", "训练损失")), ("eval_loss", tr("eval loss", "验证损失"))):
+        if key in found:
+            one = found[key]
+            values = [f"{one[name]:.4f}" for name in ("first", "last", "lowest")]
+            table.add_row(label, *values, str(one["lowest_step"]))
+    console.out.print(table)
+    console.out.print(tr(f"steps: {found['steps']}", f"步数：{found['steps']}"))
+    console.out.print(tr(f"picture: {found['picture']}", f"图片：{found['picture']}"), markup=False)
