@@ -12,44 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuoling.errors import OutputError
-from tuoling.files import sha256_file, write_json
+from tuoling.files import write_json
 from tuoling.language import tr
-from tuoling.models.source import TEMPLATE_FILE, ModelSource, weight_files
+from tuoling.models.source import TEMPLATE_FILE, is_hub_id, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from tuoling.text.templates import Template
     from tuoling.text.tokenizer import TextTokenizer
-
-
-def template_record(
-    template: Template,
-    *,
-    base: ModelSource | None = None,
-    system: str | None = None,
-    max_seq_len: int | None = None,
-) -> dict[str, Any]:
-    """What `template.json` says: how the weights were tuned, and for an adapter which base they stand on."""
-    record: dict[str, Any] = {
-        "template": template.id,
-        "stops": list(template.stops),
-        "system": system if system is not None else template.default_system,
-        "max_seq_len": max_seq_len,
-    }
-    if base is not None:
-        record["base"] = {
-            "path": _lasting_name(base),
-            "config_sha256": sha256_file(base.weights_path / "config.json"),
-        }
-    return record
-
-
-def _lasting_name(base: ModelSource) -> str:
-    """A hub id as it was given; a folder by its absolute path, so that it is found from anywhere."""
-    given = base.name or str(base.path)
-    return str(base.weights_path.absolute()) if Path(given).expanduser().exists() else given
 
 
 def save_adapter(
@@ -57,14 +28,13 @@ def save_adapter(
     folder: Path,
     *,
     tokenizer: TextTokenizer | None = None,
-    template: Template | None = None,
-    record: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> int:
     """Write the adapter in PEFT's layout and return the bytes of its weights.
 
-    template, record: what `template_record` made goes to `template.json`; the stops of `template` go to
-    generation_config.json. state_dict: gathered weights, where the model's own are sharded.
+    template: what goes to `template.json` (see `source.TEMPLATE_FILE`); its stops that are single tokens join the
+    end tokens in generation_config.json. state_dict: gathered weights, where the model's own are sharded.
     Raises OutputError if what was read back is not, bit for bit, what is in memory.
     """
     from peft import get_peft_model_state_dict
@@ -77,20 +47,22 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    _write_adapter_config(model, folder, record)
+    _write_adapter_config(model, folder, template or {})
     _verify(tensors, [path])
-    _save_beside(model.get_base_model(), folder, tokenizer, template, record)
+    _save_beside(model.get_base_model(), folder, tokenizer, template)
     return path.stat().st_size
 
 
-def _write_adapter_config(model: PeftModel, folder: Path, record: Mapping[str, Any] | None) -> None:
+def _write_adapter_config(model: PeftModel, folder: Path, template: Mapping[str, Any]) -> None:
     """PEFT's adapter_config.json, marked for inference as PEFT itself saves it, with keys in one order."""
     import copy
 
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
-    if record and record.get("base"):
-        config.base_model_name_or_path = record["base"]["path"]
+    base = template.get("base") or {}
+    named = base.get("named") or ""
+    if base:
+        config.base_model_name_or_path = named if is_hub_id(named) else base["path"]
     values = config.to_dict()
     if isinstance(values.get("target_modules"), set):
         values["target_modules"] = sorted(values["target_modules"])
@@ -103,8 +75,7 @@ def save_model(
     folder: Path,
     *,
     tokenizer: TextTokenizer | None = None,
-    template: Template | None = None,
-    record: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: str = "5GB",
 ) -> int:
@@ -122,7 +93,7 @@ def save_model(
         model.config.use_cache = cached
     files = weight_files(folder)
     _verify(dict(state_dict if state_dict is not None else model.state_dict()), files, tied=True)
-    _save_beside(model, folder, tokenizer, template, record)
+    _save_beside(model, folder, tokenizer, template)
     return sum(file.stat().st_size for file in files)
 
 
@@ -171,24 +142,26 @@ def _save_beside(
     model: PreTrainedModel,
     folder: Path,
     tokenizer: TextTokenizer | None,
-    template: Template | None,
-    record: Mapping[str, Any] | None,
+    template: Mapping[str, Any] | None,
 ) -> None:
     if tokenizer is not None:
-        tokenizer.tokenizer.save_pretrained(folder)
-        write_json(folder / "generation_config.json", generation_defaults(model, tokenizer, template))
-    if record is not None:
-        write_json(folder / TEMPLATE_FILE, dict(record))
+        tokenizer.hf.save_pretrained(folder)
+        write_json(
+            folder / "generation_config.json",
+            generation_defaults(model, tokenizer, (template or {}).get("stops") or ()),
+        )
+    if template is not None:
+        write_json(folder / TEMPLATE_FILE, dict(template))
 
 
 def generation_defaults(
-    model: PreTrainedModel, tokenizer: TextTokenizer, template: Template | None
+    model: PreTrainedModel, tokenizer: TextTokenizer, stops: Iterable[str]
 ) -> dict[str, Any]:
-    """generation_config.json: the model's own settings, with every token that ends a reply of this template."""
+    """generation_config.json: the model's own settings, with every stop that is one token."""
     settings = {} if model.generation_config is None else model.generation_config.to_diff_dict()
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for stop in template.stops if template else ():
-        index = tokenizer.tokenizer.get_vocab().get(stop)
+    for stop in stops:
+        index = tokenizer.special_id(stop)
         if index is not None and index not in ends:
             ends.append(index)
     settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends

@@ -15,6 +15,8 @@ from tuoling.files import manifest_problems, read_json, sha256_file
 from tuoling.language import tr
 
 TEMPLATE_FILE = "template.json"
+"""Beside every model and adapter we save: {"template", "stops", "system", "max_seq_len"} and for an adapter "base":
+{"path", "named" (as the user gave it), "config_sha256"}."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "20B_tokenizer.json")
@@ -75,14 +77,14 @@ def find_model(
     local = Path(asked).expanduser()
     if local.exists():
         return _read(local, name=asked, base=base)
-    if not looks_like_hub_id(asked):
+    if not is_hub_id(asked):
         raise _no_such_path(asked, local)
     from tuoling.models.hub import fetch
 
     return _read(fetch(asked, revision=revision), name=asked, base=base)
 
 
-def looks_like_hub_id(asked: str) -> bool:
+def is_hub_id(asked: str) -> bool:
     """True for `name` or `owner/name`; False for whatever a person would call a path."""
     if not _HUB_ID.match(asked) or asked.startswith((".", "/", "~")):
         return False
@@ -243,6 +245,8 @@ def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> Mod
         )
     wanted_hash = said.get("config_sha256")
     found = asked or _moved_base(place, str(named), wanted_hash)
+    if not asked and not Path(found).exists() and is_hub_id(str(said.get("named") or "")):
+        found = said["named"]  # the cache was cleared or the adapter came from another machine
     try:
         base = find_model(found)
     except ModelError as error:

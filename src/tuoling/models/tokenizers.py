@@ -10,7 +10,7 @@ from tuoling import console, environment
 from tuoling.errors import DataError, ModelError
 from tuoling.files import read_json
 from tuoling.language import tr
-from tuoling.models.source import ModelSource, find_model, looks_like_hub_id
+from tuoling.models.source import ModelSource, find_model, is_hub_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,7 +66,7 @@ def _find_file(source: ModelSource | str | Path) -> Path:
         if (path / "run.json").is_file() or (path / "adapter_config.json").is_file():
             return _find_file(find_model(str(path)))
         return _first_file([path])
-    if looks_like_hub_id(str(source)):
+    if is_hub_id(str(source)):
         from tuoling.models.hub import fetch
 
         return _first_file([fetch(str(source), weights=False)])
