@@ -1,0 +1,394 @@
+"""Attention over a pack: many documents in one row of tokens, each seeing only its own past.
+
+Shapes: T tokens of the pack, N query heads, K key heads, D head size, L tokens of one document.
+
+How a pack reaches the attention of a transformers model: the step makes it active while the model's forward
+builds its mask (`active_pack`); our mask function then returns an empty tensor that carries the pack, and the
+model hands that "mask" to every attention layer itself. A layer that is run again by gradient checkpointing
+gets the same object again, whatever other step has run since.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tuoling.errors import ModelError
+from tuoling.language import tr
+
+NAME = "tuoling_packed"
+QUERY_ROWS = 512
+"""Longer documents meet a bias in blocks of this many queries: 16 heads x 512 x 2,048 x 4 B = 67 MB instead
+of 268 MB for the square, and half of the work (keys after a block are never touched)."""
+MERGE_WORK = 2**21
+"""Padding of (L_max^2 - L^2) x N x D up to this costs less than one more kernel launch (measured on a CPU)."""
+
+
+class Unpackable(Exception):
+    """This attention cannot be computed document by document; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Documents computed together: `count` of them, each padded on the right to `length` tokens."""
+
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Documents put into groups. `slots` [T]: where each token lies among the padded ones; None: as they lie."""
+
+    groups: tuple[Group, ...]
+    slots: Tensor | None
+
+    @property
+    def padded(self) -> int:
+        return sum(group.count * group.length for group in self.groups)
+
+
+@dataclass(eq=False)
+class Pack:
+    """Lengths of the documents that lie one after the other in a row of T tokens."""
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    _layouts: dict[int, Layout] = field(default_factory=dict)
+
+    @staticmethod
+    def of(cu_seqlens: Tensor) -> Pack:
+        """From [B+1] offsets, the first 0 and the last T. Documents without tokens are left out."""
+        ends = cu_seqlens.tolist()
+        lengths = tuple(b - a for a, b in zip(ends, ends[1:], strict=False) if b > a)
+        return Pack(lengths, cu_seqlens)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def layout(self, width: int) -> Layout:
+        """Groups for heads of `width` = N x D numbers: short documents share a launch, long ones go alone.
+
+        Padding lies to the right of every real token, so a causal mask hides it.
+        """
+        if width not in self._layouts:
+            self._layouts[width] = _make_layout(self.lengths, width, self.cu_seqlens.device)
+        return self._layouts[width]
+
+
+def _make_layout(lengths: tuple[int, ...], width: int, device: torch.device) -> Layout:
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    members: list[list[int]] = []
+    for i in order:
+        if members and (lengths[members[-1][0]] ** 2 - lengths[i] ** 2) * width <= MERGE_WORK:
+            members[-1].append(i)
+        else:
+            members.append([i])
+    if all(len(group) == 1 for group in members):
+        return Layout(tuple(Group(1, length) for length in lengths), None)
+    place, offset = [0] * len(lengths), 0
+    for group in members:
+        for i in group:
+            place[i] = offset
+            offset += lengths[group[0]]
+    slots = torch.cat([torch.arange(start, start + n) for start, n in zip(place, lengths, strict=True)])
+    return Layout(tuple(Group(len(g), lengths[g[0]]) for g in members), slots.to(device))
+
+
+class Bias:
+    """What is added to the scores of the last rows of a causal square: -slope x distance, -inf where hidden.
+
+    Only distances matter, so one strip [N or 1, rows, keys], aligned at its lower right corner, serves every
+    document and every block of queries that fits into it. Float32: slope x position in bf16 would be wrong by
+    1.75 at offset 4,096. It grows when a longer document comes and never asks for a gradient (the CPU's flash
+    kernel would fall back to plain matmuls).
+    """
+
+    def __init__(self, slopes_N: Tensor | None = None, window: int | None = None) -> None:
+        self.slopes_N = slopes_N
+        self.window = window
+        self._strip: Tensor | None = None
+
+    def strip(self, rows: int, keys: int, like: Tensor) -> Tensor:
+        """[1, N or 1, rows, keys] for the last `rows` queries of `keys` tokens, on the device of `like`."""
+        have = self._strip
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        if (
+            have is None
+            or have.shape[2] < rows
+            or have.shape[3] < keys
+            or have.device != like.device
+            or have.dtype != dtype
+        ):
+            have = self._strip = self._build(keys, like.device).to(dtype)
+        return have[:, :, have.shape[2] - rows :, have.shape[3] - keys :]
+
+    def _build(self, keys: int, device: torch.device) -> Tensor:
+        rows = min(QUERY_ROWS, keys)
+        at = torch.arange(keys, device=device)
+        distance = at[keys - rows :, None] - at[None, :]
+        hidden = distance < 0
+        if self.window is not None:
+            hidden |= distance >= self.window
+        slopes_N = (
+            torch.zeros(1, device=device) if self.slopes_N is None else self.slopes_N.to(device).float()
+        )
+        return (-slopes_N[:, None, None] * distance).masked_fill_(hidden, float("-inf")).unsqueeze(0)
+
+
+def attend(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    pack: Pack,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    bias: Bias | None = None,
+) -> Tensor:
+    """Causal attention inside each document of the pack: [T, N, D of v]. `bias`: ALiBi and/or a sliding window."""
+    device = q_TND.device.type
+    if torch.is_autocast_enabled(device):
+        # Autocast would round the float32 bias with the rest: cast what it would cast, and leave the bias alone.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            q_TND, k_TKD, v_TKD = q_TND.to(dtype), k_TKD.to(dtype), v_TKD.to(dtype)
+            return attend(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
+    if q_TND.is_cuda:
+        from tuoling.kernels import cuda
+
+        done = cuda.attend(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
+        if done is not None:
+            return done
+    layout = pack.layout(q_TND.shape[1] * q_TND.shape[2])
+    if layout.slots is not None:
+        q_TND, k_TKD, v_TKD = (_Spread.apply(x, layout.slots, layout.padded) for x in (q_TND, k_TKD, v_TKD))
+    sizes = [group.count * group.length for group in layout.groups]
+    outputs = []
+    for group, q, k, v in zip(
+        layout.groups, q_TND.split(sizes), k_TKD.split(sizes), v_TKD.split(sizes), strict=True
+    ):
+        q, k, v = (x.unflatten(0, (group.count, group.length)).transpose(1, 2) for x in (q, k, v))
+        out = _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    out_TND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if layout.slots is None:
+        return out_TND
+    gathered: Tensor = _Collect.apply(out_TND, layout.slots)
+    return gathered
+
+
+def _attend_group(
+    q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, *, scale: float, dropout: float, bias: Bias | None
+) -> Tensor:
+    """Causal attention of B documents of one length; a bias longer than QUERY_ROWS is met in blocks."""
+    length = q_BNLD.shape[2]
+    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": q_BNLD.shape[1] != k_BKLD.shape[1]}
+    window = None if bias is None else bias.window
+    if bias is None or (bias.slopes_N is None and (window is None or length <= window)):
+        return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
+    bias.strip(min(length, QUERY_ROWS), length, q_BNLD)  # grow once, for the longest
+    blocks = []
+    for start, q in zip(range(0, length, QUERY_ROWS), q_BNLD.split(QUERY_ROWS, dim=2), strict=True):
+        end = start + q.shape[2]
+        first = 0 if window is None else max(0, start - window + 1)
+        mask = bias.strip(q.shape[2], end - first, q)
+        k, v = k_BKLD[:, :, first:end], v_BKLD[:, :, first:end]
+        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to their padded places, zeros elsewhere. (index_select's own backward adds up one by one.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, padded: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.new_zeros(padded, *x.shape[1:]).index_copy_(0, slots, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Tokens back from their padded places: the opposite of _Spread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.padded = x.shape[0]
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.padded, *grad.shape[1:]).index_copy_(0, slots, grad), None
+
+
+def reference_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    slopes_N: Tensor | None = None,
+) -> Tensor:
+    """The same, plainly: one dense masked softmax over all T tokens in float64."""
+    repeat = q_TND.shape[1] // k_TKD.shape[1]
+    q, k, v = (
+        q_TND.double(),
+        k_TKD.double().repeat_interleave(repeat, 1),
+        v_TKD.double().repeat_interleave(repeat, 1),
+    )
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    at = torch.arange(len(document))
+    distance = at[:, None] - at[None, :]
+    seen = (document[:, None] == document[None, :]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    scores = torch.einsum("tnd,snd->nts", q, k) * scale
+    if slopes_N is not None:
+        scores = scores - slopes_N.double()[:, None, None] * distance
+    probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("nts,snd->tnd", probabilities, v)
+
+
+# --- how transformers reaches it ---------------------------------------------------------------------------
+
+_ACTIVE: ContextVar[Pack | None] = ContextVar("tuoling_active_pack", default=None)
+_REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "layer_head_mask", "cache")
+
+
+@contextmanager
+def active_pack(pack: Pack | None) -> Iterator[None]:
+    """Masks built inside are those of the pack."""
+    token = _ACTIVE.set(pack)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def pack_of(mask: Any) -> Pack | None:
+    """The pack a mask carries; None for an ordinary mask (generation, evaluation by others)."""
+    pack: Pack | None = getattr(mask, "tuoling_pack", None)
+    if pack is None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0:
+        raise ModelError(
+            tr("gradient checkpointing lost the packed mask", "梯度检查点丢失了打包掩码"),
+            remedy=tr(
+                'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}',
+                '启用时请设置 gradient_checkpointing_kwargs={"use_reentrant": False}',
+            ),
+        )
+    return pack
+
+
+def register(original: str) -> str:
+    """Name of an attention implementation that packs while a pack is active and is `original` otherwise."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = NAME if original == "sdpa" else f"{NAME}_{original}"
+    ALL_ATTENTION_FUNCTIONS.register(name, functools.partial(_attention_interface, original))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(_mask_interface, original))
+    return name
+
+
+def _mask_interface(original: str, **arguments: Any) -> Any:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    pack = _ACTIVE.get()
+    if pack is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[original](**arguments)
+    device = arguments.get("device") or pack.cu_seqlens.device
+    mask = torch.empty(
+        1, 1, 0, 0, device=device
+    )  # empty: an attention that is not ours fails instead of using it
+    mask.tuoling_pack = pack  # type: ignore[attr-defined]
+    window = _window_of(arguments["mask_function"], pack, device)
+    mask.tuoling_bias = None if window is None else Bias(window=window)  # type: ignore[attr-defined]
+    return mask
+
+
+def _window_of(mask_function: Callable[..., Tensor], pack: Pack, device: torch.device) -> int | None:
+    """Sliding window of transformers' own mask, read off three rows of the longest document.
+
+    None where every token sees its whole past. Anything but "the last w tokens" is Unpackable.
+    """
+    length = pack.longest
+    start = sum(pack.lengths[: pack.lengths.index(length)])
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(start, start + length, device=device)
+    counts = {}
+    for row in {length - 1, max(length - 2, 0), length // 2}:
+        seen = mask_function(zero, zero, torch.tensor(start + row, device=device), keys)
+        counts[row] = int(seen.sum())
+        if not bool(seen[row + 1 - counts[row] : row + 1].all()):
+            raise Unpackable(tr("its mask is not causal", "它的掩码不是因果的"))
+    window = counts[length - 1]
+    if any(count != min(window, row + 1) for row, count in counts.items()):
+        raise Unpackable(
+            tr("its mask is neither causal nor a sliding window", "它的掩码既不是因果掩码也不是滑动窗口")
+        )
+    return None if window == length else window
+
+
+def _attention_interface(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query [1, N, T, D], key and value [1, K, T, D] → [1, T, N, D]."""
+    pack = pack_of(attention_mask)
+    if pack is None:
+        if _ACTIVE.get() is not None:
+            raise Unpackable(tr("an attention layer gets no mask", "有的注意力层没有收到掩码"))
+        return _original_function(original, module)(
+            module, query, key, value, attention_mask, *args, **options
+        )
+    refused = [name for name in _REFUSED if options.get(name) is not None]
+    if refused or options.get("is_causal") is False or args:
+        raise Unpackable(
+            tr(
+                f"its attention uses {', '.join(refused) or 'another mask'}",
+                f"它的注意力使用了 {'、'.join(refused) or '其他掩码'}",
+            )
+        )
+    scale = options.get("scaling")
+    out_TND = attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        pack,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout=options.get("dropout") or 0.0,
+        bias=attention_mask.tuoling_bias,  # type: ignore[union-attr]
+    )
+    return out_TND.unsqueeze(0), None
+
+
+def _original_function(original: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # Eager attention is no entry of the table: each model file has its own.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)

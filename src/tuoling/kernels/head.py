@@ -1,0 +1,62 @@
+"""The output head, asked from inside the model's own forward."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+Answer = Callable[[Tensor], Tensor]
+"""What is returned instead of logits for hidden states [1, T, D]."""
+
+
+class Head:
+    """A plain linear head whose forward another function can answer for, for a while.
+
+    The module itself is called, so the hooks of sharded engines (ZeRO-3, FSDP) gather its weight first.
+    Outside of `answering` it is what it was.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self._plain = linear.forward
+        self._answer: Answer | None = None
+        linear.forward = types.MethodType(self._forward, linear)  # type: ignore[method-assign]
+
+    def _forward(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        return self.plain(hidden) if self._answer is None else self._answer(hidden)
+
+    def plain(self, hidden: Tensor) -> Tensor:
+        """Logits, as ever."""
+        return self._plain(hidden)
+
+    @contextmanager
+    def answering(self, answer: Answer) -> Iterator[None]:
+        """`answer` is what the head returns inside."""
+        self._answer = answer
+        try:
+            yield
+        finally:
+            self._answer = None
+
+    def remove(self) -> None:
+        """Put the module's own forward back."""
+        self.linear.__dict__.pop("forward", None)
+
+
+def find_linear(base: nn.Module) -> nn.Linear | None:
+    """The plain floating-point linear layer that makes the logits, inside PEFT's full copy of it if it has one."""
+    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    copies = getattr(module, "modules_to_save", None)
+    if copies is not None:
+        active = getattr(module, "active_adapters", None) or ["default"]
+        module = copies[active[0]] if len(active) == 1 and active[0] in copies else None
+    if (
+        not isinstance(module, nn.Linear)
+        or not module.weight.is_floating_point()
+        or hasattr(module, "base_layer")
+    ):
+        return None
+    return module if "forward" not in module.__dict__ and type(module).forward is nn.Linear.forward else None

@@ -1,0 +1,163 @@
+"""Cross entropy of a linear head without ever holding its logits.
+
+Shapes: T supervised positions, D hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 256 * 2**20
+"""Budget for one chunk of logits. 250,880 words in bf16: 535 positions a chunk, where the whole of a
+4,096-token step would take 2 GB, and 4 GB more for its softmax in float32."""
+
+BLOCK_BYTES = 8 * 2**20
+"""Float32 rows worked on at once on a CPU: what stays in its last-level cache between the passes."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, int]:
+    """Sum in nats of the cross entropy of `scale * (hidden @ weight.T + bias)`, and the number of positions.
+
+    Every position is supervised: choose them before (see `supervised`). Never divides. The gradient is made
+    while the logits are at hand, so nothing of size V is kept for the backward pass; a head that asks for no
+    gradient costs none. Matmuls run in the dtype that `F.linear` would use here (autocast included), the
+    softmax and all sums in float32. With no positions the sum is a zero that stays attached to both inputs.
+    """
+    count = labels_T.numel()
+    if count == 0:
+        zero = hidden_TD.sum() * 0.0 + weight_VD.sum() * 0.0
+        return (zero if bias_V is None else zero + bias_V.sum() * 0.0).float(), 0
+    total: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, bias_V, labels_T, scale, chunk_bytes)
+    return total, count
+
+
+def supervised(labels_T: Tensor, ignore_index: int = -100) -> Tensor:
+    """Indices of the positions that are learned."""
+    return torch.nonzero(labels_T != ignore_index).squeeze(1)
+
+
+def reference_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """The same sum, plainly and in float64: the oracle of the tests and benchmarks."""
+    logits_TV = F.linear(hidden_TD.double(), weight_VD.double(), None if bias_V is None else bias_V.double())
+    return F.cross_entropy(logits_TV * scale, labels_T, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        scale: float,
+        chunk_bytes: int,
+    ) -> Tensor:
+        device = hidden_TD.device.type
+        dtype = hidden_TD.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(device, enabled=False):
+            head_VD = weight_VD.to(dtype)
+            shift_V = None if bias_V is None else bias_V.to(dtype)
+            grads = _Gradients(
+                torch.empty_like(hidden_TD) if needs_hidden else None,
+                torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None,
+                torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None,
+            )
+            total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
+            rows = max(1, chunk_bytes // (weight_VD.shape[0] * head_VD.element_size()))
+            for start in range(0, labels_T.numel(), rows):
+                part_TD = hidden_TD[start : start + rows].to(dtype)
+                logits_TV = F.linear(part_TD, head_VD, shift_V)
+                total += _softmax_gradient_(logits_TV, labels_T[start : start + rows], scale, grads.wanted)
+                grads.add(logits_TV, part_TD, head_VD, start)
+        ctx.grads = grads
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads: _Gradients = ctx.grads
+        ctx.grads = None  # handed over once: the head's gradient is too large to keep a second copy of
+        if grads is None:
+            raise RuntimeError(
+                "linear_cross_entropy: backward a second time; its gradient was already handed over"
+            )
+        weight_dtype, bias_dtype = ctx.dtypes
+        hidden = None if grads.hidden is None else grads.hidden.mul_(grad.to(grads.hidden.dtype))
+        weight = None if grads.weight is None else grads.weight.mul_(grad).to(weight_dtype)
+        bias = None if grads.bias is None else grads.bias.mul_(grad).to(bias_dtype)
+        return hidden, weight, bias, None, None, None
+
+
+class _Gradients:
+    """What the inputs asked for, filled chunk by chunk. Weight and bias are summed in float32."""
+
+    def __init__(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+
+    @property
+    def wanted(self) -> bool:
+        return self.hidden is not None or self.weight is not None or self.bias is not None
+
+    def add(self, slope_TV: Tensor, part_TD: Tensor, head_VD: Tensor, start: int) -> None:
+        """Add a chunk's part; slope_TV is d(sum)/d(logits) in the matmul's dtype."""
+        if self.hidden is not None:
+            self.hidden[start : start + len(part_TD)] = slope_TV @ head_VD
+        if self.weight is not None:
+            if slope_TV.dtype == torch.float32:
+                self.weight.addmm_(slope_TV.T, part_TD)
+            else:
+                self.weight += slope_TV.T @ part_TD
+        if self.bias is not None:
+            self.bias += slope_TV.sum(0, dtype=torch.float32)
+
+
+def _softmax_gradient_(logits_TV: Tensor, labels_T: Tensor, scale: float, gradient: bool) -> Tensor:
+    """Cross entropy of the rows, summed in float64; logits_TV becomes its gradient, in place."""
+    total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
+    rows = len(labels_T)
+    if logits_TV.device.type == "cpu":
+        rows = max(1, BLOCK_BYTES // (4 * logits_TV.shape[1]))
+    for block_TV, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True):
+        scores = block_TV.float() if block_TV.dtype != torch.float32 else block_TV
+        if scale != 1.0:
+            scores = scores.mul_(scale)
+        index = labels.unsqueeze(1)
+        top = scores.amax(1, keepdim=True)
+        scores.sub_(top)
+        picked = scores.gather(1, index)
+        scores.exp_()
+        mass = scores.sum(1, keepdim=True)
+        total += (mass.log() - picked).sum(dtype=torch.float64)
+        if gradient:
+            scores.div_(mass)
+            scores.scatter_add_(1, index, torch.full_like(picked, -1.0))
+            if scale != 1.0:
+                scores.mul_(scale)
+            if scores is not block_TV:
+                block_TV.copy_(scores)
+    return total
