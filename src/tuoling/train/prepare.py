@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuoling import environment, files
-from tuoling.data.read import resolve_sources
+from tuoling.data.sources import resolve_sources
 from tuoling.data.store import StoreReport, StoreSettings, TokenStore, compile_store
 from tuoling.errors import ConfigError, DataError, ModelError
 from tuoling.language import tr
@@ -106,7 +106,7 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     template, reason = choose_template(
         requested=config.template,
         saved=source.template,
-        tokenizer=tokenizer.inner,
+        tokenizer=tokenizer,
         family_default=source.family.template,
     )
     if tokenizer.eos_id is None:
@@ -179,6 +179,7 @@ def _compile(
         dataset_names=names,
         format=config.data_format,
         columns=config.columns,
+        seed=config.seed,
     )
     settings = StoreSettings(
         stage=config.stage,

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tuoling.train.checkpoint import (
+    checkpoints,
+    load_optimizer,
+    load_random_state,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    folder = run / f"checkpoint-{step}"
+    save_checkpoint(
+        folder,
+        save_weights=lambda path: torch.save(model.state_dict(), path / "weights.pt"),
+        model=model,
+        optimizer=optimizer,
+        trainer_state="{}\n",
+        position={"step": step},
+    )
+    return folder
+
+
+def stepped() -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_optimizer_and_random_state_come_back_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    folder = save(tmp_path, 3, model, optimizer)
+    drawn = torch.rand(4)
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    load_optimizer(folder, model=model, optimizer=fresh)
+    load_random_state(folder)
+    assert torch.equal(torch.rand(4), drawn)
+    for parameter in model.parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(fresh.state[parameter][key], optimizer.state[parameter][key])
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    save(tmp_path, 9, model, optimizer)
+    save(tmp_path, 10, model, optimizer)
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-last").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+
+    def fail(path: Path) -> None:
+        (path / "half").write_text("x")
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError):
+        save_checkpoint(
+            tmp_path / "checkpoint-1",
+            save_weights=fail,
+            model=model,
+            optimizer=optimizer,
+            trainer_state="{}\n",
+            position={},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(None, None, [1, 2, 3, 4]), (2, None, [3, 4]), (1, "checkpoint-2", [2, 4]), (9, None, [1, 2, 3, 4])],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int | None, best: str | None, left: list[int]) -> None:
+    model, optimizer = stepped()
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, model, optimizer)
+    prune_checkpoints(tmp_path, keep=keep, best=best)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]

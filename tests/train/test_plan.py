@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuoling.config import RunConfig
+from tuoling.errors import TrainingError
+from tuoling.train.plan import ModelSize, Plan, make_plan
+
+SIZE = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64)
+
+
+def plan(rows: int = 10, **keys: Any) -> Plan:
+    lengths = np.arange(1, rows + 1)
+    return make_plan(RunConfig(**keys), lengths=lengths, learned=lengths // 2, eval_rows=0, size=SIZE, dtype="fp32")
+
+
+def test_every_row_is_planned_exactly_epochs_times() -> None:
+    made = plan(10, per_device_train_batch_size=4, num_train_epochs=3)
+    assert (made.total_rows, made.total_steps, made.rows_per_step) == (30, 8, 4)
+    assert made.tokens == 55 and made.longest_row == 10
+
+
+def test_half_an_epoch_is_half_the_rows() -> None:
+    assert plan(10, num_train_epochs=0.5, per_device_train_batch_size=1).total_steps == 5
+
+
+def test_max_steps_decides() -> None:
+    made = plan(10, per_device_train_batch_size=4, max_steps=7)
+    assert (made.total_steps, made.total_rows, made.epochs) == (7, 28, 2.8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "warmup"),
+    [({"warmup_ratio": 0.1}, 3), ({"warmup_steps": 5}, 5), ({"warmup_ratio": 0.0}, 0)],
+)
+def test_warmup_in_steps_or_as_a_share_rounded_up(keys: dict[str, Any], warmup: int) -> None:
+    assert plan(100, per_device_train_batch_size=4, num_train_epochs=1, **keys).warmup_steps == warmup
+
+
+@pytest.mark.parametrize(("asked", "every"), [(None, 3), (0, 5), (2, 2)])
+def test_intervals_by_number_by_epoch_or_only_at_the_end(asked: int | None, every: int) -> None:
+    made = plan(10, per_device_train_batch_size=4, num_train_epochs=2, save_steps=asked, eval_steps=asked)
+    assert (made.total_steps, made.save_steps, made.eval_steps) == (5, every, every)
+
+
+def test_a_short_run_says_that_it_has_no_checkpoint_on_the_way() -> None:
+    assert any("save_steps=500" in warning for warning in plan(10).warnings())
+    assert not any("save_steps" in warning for warning in plan(10, save_steps=2).warnings())
+
+
+def test_a_warmup_longer_than_the_run_is_said() -> None:
+    assert any("warm-up of 100" in warning for warning in plan(10, warmup_steps=100).warnings())
+
+
+def test_no_rows_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="no row"):
+        plan(0)
