@@ -116,8 +116,8 @@ def settle(values: Mapping[str, Any], places: Mapping[str, str]) -> Settled:
     done = Settled()
     renamed: list[str] = []
     answered: dict[str, list[str]] = {}
-    for key, value in values.items():
-        where = places[key]
+    for key in sorted(values, key=lambda key: key.endswith("_strategy")):  # a strategy decides over its steps
+        value, where = values[key], places[key]
         if _convert(key, value, where, done):
             continue
         if key in FIELDS:
@@ -193,14 +193,16 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
 
 
 def _strategy(key: str, value: Any, where: str, done: Settled) -> None:
+    """`no` (which YAML reads as false), `steps` or `epoch` → how many steps. Evaluation cannot be switched off."""
     name = "save_steps" if key == "save_strategy" else "eval_steps"
     if value == "epoch":
-        done.put(name, None, where)
-    elif value == "no" and name == "save_steps":
-        done.put(name, 0, where)
-    elif value not in ("no", "steps"):
-        choices = "no, steps, epoch"
-        problem = tr(f"{key}={value}: must be one of {choices}", f"{key}={value}：只能是 {choices} 之一")
+        done.values[name], done.where[name] = None, where
+    elif value in ("no", False):
+        done.values[name], done.where[name] = 0, where
+    elif value != "steps":
+        problem = tr(
+            f"{key}={value}: must be one of no, steps, epoch", f"{key}={value}：只能是 no、steps、epoch 之一"
+        )
         done.issues.append(Issue(problem, where))
 
 
