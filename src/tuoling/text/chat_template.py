@@ -178,7 +178,8 @@ class ChatTemplate:
 
     @staticmethod
     def _refuse(prompt: str, whole: str) -> TemplateError:
-        same = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        same = next((index for index, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
         asked, trained = (_MARK.sub("…", text[max(0, same - 20) : same + 30]) for text in (prompt, whole))
         return TemplateError(
             tr(

@@ -81,7 +81,10 @@ def _llama3(name: str) -> Forms:
 
 def _llama2(name: str, system: str | None = None) -> Forms:
     return _lf(
-        name, "{bos}[INST] {system}{user} [/INST]", system="<<SYS>>\n{system}\n<</SYS>>\n\n", default_system=system
+        name,
+        "{bos}[INST] {system}{user} [/INST]",
+        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        default_system=system,
     )
 
 
@@ -221,7 +224,9 @@ LF_TEMPLATES: tuple[Forms, ...] = (
     ),
     _lf("ministral", "[INST]{system}{user}[/INST]", head="{bos}", system="{system}\n\n"),
     _lf("mistral", "[INST] {system}{user}[/INST]", head="{bos}", system="{system}\n\n", reply=" {reply}"),
-    _lf("mistral_small", "[INST]{user}[/INST]", head="{bos}", system="[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT]"),
+    _lf(
+        "mistral_small", "[INST]{user}[/INST]", head="{bos}", system="[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT]"
+    ),
     _lf("olmo", "<|user|>\n{user}<|assistant|>\n", head="{eos}"),
     _lf("openchat", "GPT4 Correct User: {user}{eos}GPT4 Correct Assistant:", head="{bos}"),
     _chatml("opencoder", system="You are OpenCoder, created by OpenCoder Team."),

@@ -51,9 +51,7 @@ class Template(Protocol):
         ...
 
 
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_CONTEXT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
@@ -246,7 +244,12 @@ _OWN: tuple[Forms, ...] = (
 
 TEMPLATES: dict[str, Template] = {forms.id: FormTemplate(forms) for forms in (*_OWN, *LF_TEMPLATES)}
 
-_ALIASES = {"vicuna_instruct": "vicuna_instruct_prompt_py", "none": "empty", "qwen2": "qwen", "qwen2.5": "qwen"}
+_ALIASES = {
+    "vicuna_instruct": "vicuna_instruct_prompt_py",
+    "none": "empty",
+    "qwen2": "qwen",
+    "qwen2.5": "qwen",
+}
 
 
 def get_template(id: str, tokenizer: TextTokenizer | None = None) -> Template:
@@ -307,7 +310,9 @@ def choose_template(
                 "the model's own chat template", "使用模型自带的对话模板"
             )
         except TemplateError as error:
-            trouble = tr(f" (its own chat template: {error.problem})", f"（模型自带的对话模板：{error.problem}）")
+            trouble = tr(
+                f" (its own chat template: {error.problem})", f"（模型自带的对话模板：{error.problem}）"
+            )
     if family_default:
         return get_template(family_default, tokenizer), tr(
             f"template {family_default}, the default of this model family{trouble}",

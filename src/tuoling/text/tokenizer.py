@@ -73,7 +73,12 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: part of the key of a token store."""
         body = self._json or json.dumps(self.hf.get_vocab(), sort_keys=True)
-        facts = [type(self.hf).__name__ if not self._json else "fast", self.bos_id, self.eos_id, self.adds_bos]
+        facts = [
+            type(self.hf).__name__ if not self._json else "fast",
+            self.bos_id,
+            self.eos_id,
+            self.adds_bos,
+        ]
         return sha256_text(json.dumps(facts) + body)
 
     @property
@@ -154,10 +159,10 @@ class TextTokenizer:
                     continue
                 before = None
                 continue
-            if before is not None and (segment.reply != before.reply or segment.learned != before.learned):
-                if buffer:
-                    flush()
-                    marked = False
+            apart = before is not None and (segment.reply, segment.learned) != (before.reply, before.learned)
+            if apart and buffer:
+                flush()
+                marked = False
             if segment.fresh:
                 flush()
                 marked = True

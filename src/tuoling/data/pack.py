@@ -1,0 +1,66 @@
+"""Examples side by side in one batch, without padding: the last thing before the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tuoling.data.token_store import Example
+from tuoling.errors import DataError
+from tuoling.language import tr
+from tuoling.text.conversation import IGNORE_INDEX
+
+
+@dataclass
+class Batch:
+    """B examples of T tokens together.
+
+    input_ids [T] int64. labels [T] int64: labels[t] is input_ids[t + 1] where that token is learned and belongs to
+    the same example, else IGNORE_INDEX. position_ids [T] int64: from 0 in each example. cu_seqlens [B + 1] int32:
+    where examples begin and end. rows: their indices in the store. num_learned: labels that count.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    rows: list[int]
+    num_learned: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=True),
+            self.rows,
+            self.num_learned,
+        )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Lay examples side by side. Raises DataError for no examples, or an empty one."""
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    if not len(lengths) or not lengths.all():
+        raise DataError(tr("an empty example cannot be packed", "不能打包空样本"))
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+    for start, example in zip(starts.tolist(), examples, strict=True):
+        for begin, end in example.spans.tolist():
+            begin = max(begin, 1)  # nothing stands before the first token to predict it from
+            labels[start + begin - 1 : start + end - 1] = input_ids[start + begin : start + end]
+    positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        rows=[example.row for example in examples],
+        num_learned=int((labels != IGNORE_INDEX).sum()),
+    )

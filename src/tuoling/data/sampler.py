@@ -1,0 +1,70 @@
+"""The order of rows: a function of (seed, epoch) and nothing else.
+
+Batch size, number of processes and where a run was interrupted do not enter, so that another world size repeats
+and skips no row. The state of a run's data is one number: how many rows it has taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class SampleOrder:
+    """Row of every global index: index `epoch * num_rows + position` is the epoch's permutation at `position`."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        if num_rows <= 0:
+            raise ValueError(f"num_rows={num_rows} must be positive")
+        self.num_rows = num_rows
+        self.seed = seed
+        self._epoch = -1
+        self._order: np.ndarray = np.empty(0, dtype=np.int64)
+
+    def epoch(self, global_index: int) -> int:
+        """The epoch, from 0, of a global index."""
+        return global_index // self.num_rows
+
+    def row(self, global_index: int) -> int:
+        """The row at a global index."""
+        epoch, position = divmod(global_index, self.num_rows)
+        return int(self.permutation(epoch)[position])
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """The rows of global indices [start, stop)."""
+        return [self.row(index) for index in range(start, stop)]
+
+    def batches(self, start: int, rows_per_step: int, stop: int | None = None) -> Iterator[list[int]]:
+        """Rows of one step after another from global index `start`; without `stop`, without end.
+
+        The last batch before `stop` may be shorter. A batch may reach over the end of an epoch.
+        """
+        while stop is None or start < stop:
+            end = start + rows_per_step if stop is None else min(start + rows_per_step, stop)
+            yield self.rows(start, end)
+            start = end
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """int64 [num_rows], the rows in the order of this epoch."""
+        if epoch != self._epoch:
+            # sorted by a hash instead of drawn by numpy's generator, whose streams may change between versions
+            keys = _mix(np.arange(self.num_rows, dtype=np.uint64) + _start(self.seed, epoch))
+            self._order, self._epoch = np.argsort(keys, kind="stable"), epoch
+        return self._order
+
+
+def _start(seed: int, epoch: int) -> np.uint64:
+    """Where this epoch's stream of hashes begins: a hash of both numbers, so that streams do not overlap."""
+    mask = (1 << 64) - 1
+    first = _mix(np.array([seed & mask], dtype=np.uint64))
+    return np.uint64(_mix(first ^ np.array([(epoch * 0x9E3779B97F4A7C15) & mask], dtype=np.uint64))[0])
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64: uint64 → uint64, one to one."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
