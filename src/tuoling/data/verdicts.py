@@ -53,8 +53,8 @@ def mojibake(text: str) -> str | None:
         for match in _UTF8_AS_LATIN.finditer(text):
             if _repaired(match[0], "cp1252", "utf-8") or _repaired(match[0], "latin-1", "utf-8"):
                 return match[0][:12]
-        if match := _LONE_DEBRIS.search(text):
-            return text[match.start() : match.start() + 6]
+        if lone := _LONE_DEBRIS.search(text):
+            return text[lone.start() : lone.start() + 6]
     if _GBK_LEADS.search(text):
         for match in _GBK_AS_LATIN.finditer(text):
             if len(set(match[0])) >= 5 and _is_common_gbk(match[0][: len(match[0]) // 2 * 2]):
@@ -164,7 +164,7 @@ def _order_problem(format: RowFormat, turns: tuple[Turn, ...], record: Record) -
                 field,
                 "roles_out_of_order",
                 tr(
-                    f"`{field}` is a {role} turn, want {expected}",
+                    f"`{field}` is from the {role}, want the {expected}",
                     f"`{field}` 是 {role} 的话，这里应为 {expected}",
                 ),
             )

@@ -15,8 +15,12 @@ def _matches(record: Record) -> bool:
     return "predict" in record and any(question in record and target in record for question, target in _NAMES)
 
 
+def _reads(record: Record) -> tuple[str, ...]:
+    return next((pair for pair in _NAMES if pair[0] in record), _NAMES[0])
+
+
 def _parse(record: Record) -> Conversation:
-    question, target = next((pair for pair in _NAMES if pair[0] in record), _NAMES[0])
+    question, target = _reads(record)
     text_of(record, "predict")
     return Conversation((Turn("user", text_of(record, question)), Turn("assistant", text_of(record, target))))
 
@@ -29,4 +33,5 @@ FORMAT = RowFormat(
     answer_field="target",
     trainable=False,
     rank=5,
+    reads=_reads,
 )

@@ -45,6 +45,11 @@ def _question(record: Record) -> tuple[Turn, ...]:
     return ()
 
 
+def _reads(record: Record) -> tuple[str, ...]:
+    names = ("conversations", "messages", "instruction", "prompt", "question", "query")
+    return next((name for name in names if name in record), "chosen"), "chosen"
+
+
 def _parse(record: Record) -> Conversation:
     rejected_field = "rejected" if "rejected" in record else "reject"
     if "chosen" not in record or rejected_field not in record:
@@ -80,4 +85,5 @@ FORMAT = RowFormat(
     answer_field="chosen",
     trainable=False,
     rank=5,
+    reads=_reads,
 )

@@ -18,6 +18,10 @@ def _matches(record: Record) -> bool:
     return _name(record) is not None
 
 
+def _reads(record: Record) -> tuple[str, ...]:
+    return (_name(record) or "question",)
+
+
 def _parse(record: Record) -> Conversation:
     name = _name(record)
     if name is None:
@@ -34,4 +38,5 @@ FORMAT = RowFormat(
     trainable=False,
     answered=False,
     rank=90,
+    reads=_reads,
 )

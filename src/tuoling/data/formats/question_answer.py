@@ -27,7 +27,6 @@ PAIRS = (
     ("提问", "回答"),
     ("问", "答"),
 )
-_CONTEXTS = ("context",)
 
 
 def _pair(record: Record) -> tuple[str, str] | None:
@@ -42,7 +41,7 @@ def _matches(record: Record) -> bool:
 
 
 def _reads(record: Record) -> tuple[str, ...]:
-    return _pair(record) or ()
+    return _pair(record) or PAIRS[0]
 
 
 def _parse(record: Record) -> Conversation:
