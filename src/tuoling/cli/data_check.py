@@ -186,8 +186,6 @@ def _measure(
 
 def _show(report: CheckReport) -> None:
     """The report for people, on stdout."""
-    from rich.table import Table
-
     for place, problem in report.examples:
         field = f"{problem.field}: " if problem.field else ""
         console.out.print(f"[red]{place}[/red]: {_plain(field)}{_plain(problem.message)}")
@@ -196,19 +194,7 @@ def _show(report: CheckReport) -> None:
         console.out.print(
             tr(f"… and {rest} more bad rows, all in the ledger", f"……另有 {rest} 行不合格，全部见台账")
         )
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    table.add_column("")
-    headings = (
-        tr("rows", "行数"), tr("good", "合格"), tr("bad", "不合格"), tr("duplicates", "重复"), tr("near", "近似重复"),
-        tr("overlap", "与测试重叠"),
-    )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    if len(report.files) > 1:
-        for path, tally in report.files.items():
-            table.add_row(_plain(path), *_cells(tally, report))
-    table.add_row(tr("all", "合计"), *_cells(report.total, report))
-    console.out.print(table)
+    _show_table(report)
     _show_counts(report)
     _show_lengths(report)
     if report.total.bad:
@@ -225,6 +211,27 @@ def _show(report: CheckReport) -> None:
         console.out.print(bad)
     if report.ledger:
         console.out.print(tr(f"ledger: {report.ledger}", f"台账：{report.ledger}"), markup=False)
+
+
+def _show_table(report: CheckReport) -> None:
+    """A line a file where there are several, and one for all; paths whole, however long."""
+    from rich.cells import cell_len
+
+    headings = [
+        tr("rows", "行数"), tr("good", "合格"), tr("bad", "不合格"), tr("duplicates", "重复"),
+        tr("near", "近似重复"), tr("overlap", "与测试重叠"),
+    ]  # fmt: skip
+    lines = [["", *headings]]
+    if len(report.files) > 1:
+        lines += [[path, *_cells(tally, report)] for path, tally in report.files.items()]
+    lines.append([tr("all", "合计"), *_cells(report.total, report)])
+    widths = [max(cell_len(line[column]) for line in lines) for column in range(len(headings) + 1)]
+    for line in lines:
+        cells = [line[0] + " " * (widths[0] - cell_len(line[0]))]
+        cells += [
+            " " * (width - cell_len(cell)) + cell for cell, width in zip(line[1:], widths[1:], strict=True)
+        ]
+        console.out.print("   ".join(cells), markup=False)
 
 
 def _plain(text: str) -> str:
@@ -252,6 +259,13 @@ def _show_counts(report: CheckReport) -> None:
                 f"{key} {count}" for key, count in sorted(counts.items(), key=lambda kv: -kv[1])
             )
             console.out.print(f"{name}: {listed}", markup=False)
+    for name, count in report.untrained.items():
+        console.out.print(
+            tr(
+                f"{name}: {count} rows are checked, but not trained unless --format {name} asks for it",
+                f"{name}：{count} 行只检查、不训练，除非用 --format {name} 指定",
+            )
+        )
     if report.against is not None:
         found, rows = report.against["found"], report.against["rows"]
         console.out.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuoling.data.duplicates import NearDuplicates, first_of_equal, question_key, row_key, spoken
+from tuoling.data.formats import formats
+from tuoling.data.json_stream import json_line
 from tuoling.data.lengths import kept_shares, length_report
 from tuoling.data.read import Guess, guess, read_rows
 from tuoling.data.row import UNKNOWN, Place, Problem, Row
@@ -66,7 +67,8 @@ class Tally:
 
 @dataclass
 class CheckReport:
-    """`data check`'s result. examples: the first bad rows. against: rows of the test files, and those also here."""
+    """`data check`'s result. examples: the first bad rows. against: rows of the test files, and those also here.
+    untrained: format → rows that are read and checked, but only trained when the format is asked for by name."""
 
     total: Tally
     files: dict[str, Tally]
@@ -77,6 +79,7 @@ class CheckReport:
     examples: list[tuple[Place, Problem]]
     against: dict[str, int] | None
     near: bool
+    untrained: dict[str, int]
 
     @property
     def passed(self) -> bool:
@@ -89,6 +92,7 @@ class CheckReport:
         report["ledger"] = str(self.ledger) if self.ledger else None
         report["allow_bad"] = self.allow_bad
         report["passed"] = self.passed
+        report["untrained"] = self.untrained
         if self.against is not None:
             report["against"] = self.against
         if not self.near:
@@ -159,7 +163,18 @@ def check(
         desk.examples,
         found,
         near,
+        _untrained(sources, desk.total),
     )
+
+
+def _untrained(sources: Sequence[Source], total: Tally) -> dict[str, int]:
+    asked = {source.format for source in sources}
+    known = formats()
+    return {
+        name: count
+        for name, count in total.formats.items()
+        if name in known and not known[name].trainable and name not in asked
+    }
 
 
 def _characters(row: Row) -> int:
@@ -279,7 +294,7 @@ class _Desk:
             "code": problem.code,
             "message": problem.message,
         }
-        self._ledger.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._ledger.write(json_line(entry))
 
     def find_duplicates(self) -> None:
         """Count good rows that repeat an earlier good one: word for word, or nearly."""

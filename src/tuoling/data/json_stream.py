@@ -24,6 +24,16 @@ _WINDOW_LIMIT = 64 << 20  # characters of one row before it is called broken
 _EXCERPT = 200
 
 
+def json_line(value: Any) -> str:
+    """The value on one line, UTF-8 as it is; half a character (a lone surrogate) stays an escape."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=str)
+    return text + "\n"
+
+
 def not_json(message: str, *, line: int | None = None, column: int | None = None) -> Problem:
     """The problem of a row that does not parse."""
     where = "" if line is None else tr(f" (line {line}, column {column})", f"（第 {line} 行第 {column} 列）")

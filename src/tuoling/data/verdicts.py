@@ -15,9 +15,10 @@ from tuoling.text.conversation import Conversation, Turn
 
 _BLANK = " \t\n\r\f\v\u3000\u00a0\u200b\u200c\u200d\u2060\ufeff"
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]{1,8}代号\]|\{\{ ?(?:name|author|NAME|AUTHOR) ?\}\}|<(?:NAME|AUTHOR)>")
-_SUSPECT = re.compile("[\ufffd锟äåæçèéïâÄÊÒµÎ锛銆鐨鎴浣\\\\{\\]<]")
+_SUSPECT = re.compile("[\ud800-\udfff\ufffd锟äåæçèéïâÄÊÒµÎ锛銆鐨鎴浣\\\\{\\]<]")
 """One cheap look (about 1.8 µs for 270 characters): no hit, nothing broken and nothing to flag. It holds U+FFFD, the
 first bytes of Chinese in UTF-8 as Latin-1, GBK's commonest lead bytes as Latin-1, and marks of UTF-8 read as GBK."""
+_HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate: half an emoji, which no tokenizer takes
 _UTF8_LEADS = re.compile("[äåæçèé]|ï¿½|â€")
 _GBK_LEADS = re.compile("[ÄÊÒµÎ]")
 _UTF8_AS_LATIN = re.compile(
@@ -41,6 +42,8 @@ def mojibake(text: str) -> str | None:
     U+FFFD and `锟斤拷` (U+FFFD read as GBK) tell by themselves, unless the text speaks of garbled text;
     other debris counts only when turning the wrong decoding round gives Chinese.
     """
+    if half := _HALF.search(text):
+        return text[max(0, half.start() - 6) : half.end()]
     if "\ufffd" in text or "锟斤拷" in text:
         if "乱码" in text or "mojibake" in text.lower():
             return None
