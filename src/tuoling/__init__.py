@@ -1,1 +1,22 @@
-"""Tuoling 驼铃: make a Chinese-capable language model your own."""
+"""Tuoling 驼铃: make a Chinese-capable language model your own.
+
+`tuoling.load` and `tuoling.train` are the Python interface (see `tuoling.api`); importing the package is light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuoling.api import Model, load, train
+
+__all__ = ["Model", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the interface when it is first used."""
+    if name in __all__:
+        from tuoling import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'tuoling' has no attribute {name!r}")

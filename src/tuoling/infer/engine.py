@@ -41,7 +41,7 @@ class PromptTooLong(ModelError):
         super().__init__(
             tr(
                 f"the prompt has {tokens} tokens, there is room for {room}",
-                f"提示有 {tokens} 个词元，最多只能有 {room} 个",
+                f"提示有 {tokens} 个 token，最多只能有 {room} 个",
             ),
             remedy=tr("shorten the question", "请缩短问题"),
         )
@@ -180,6 +180,8 @@ class Engine(Protocol):
     defaults: GenerationSettings
     system: str | None
     """The system text the model was tuned with, if any."""
+    fingerprint: str
+    """Changes whenever the answers to the same questions may have."""
     context_tokens: int | None
     """Prompt and answer together; None where the model sets no limit."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tuoling import console
-from tuoling.files import read_json
+from tuoling.files import read_json, sha256_text
 from tuoling.infer.engine import Engine, GenerationSettings, settings_from_config
 from tuoling.models.source import ModelSource, find_model
 from tuoling.text.templates import choose_template
@@ -33,7 +33,7 @@ def open_engine(
     from tuoling.infer.torch_engine import TorchEngine
     from tuoling.models.load import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, for_training=False)
     chosen, reason = choose_template(
         requested=template,
         saved=source.template,
@@ -54,6 +54,7 @@ def open_engine(
         stops=() if changed else source.stops,
         end_ids=end_ids,
         system=source.system,
+        fingerprint=sha256_text(f"{source.fingerprint()}\n{chosen.fingerprint()}\n{dtype}"),
     )
 
 

@@ -57,6 +57,7 @@ class TorchEngine:
         stops: Iterable[str] = (),
         end_ids: Iterable[int] = (),
         system: str | None = None,
+        fingerprint: str = "",
     ) -> None:
         """stops, end_ids: what ends a reply besides the template's stops and the tokenizer's end token."""
         self.model = model.eval()
@@ -67,6 +68,7 @@ class TorchEngine:
         self.template = template
         self.defaults = defaults or GenerationSettings()
         self.system = system
+        self.fingerprint = fingerprint
         self.stops = tuple(dict.fromkeys((*template.stops, *stops)))
         as_tokens = [tokenizer.special_id(stop) for stop in self.stops]
         self.end_ids = {

@@ -130,7 +130,9 @@ def _load_base(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, allow_remote_code: bool
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     files = weight_files(folder)
     _require_whole(folder, files)
     with _weight_errors(folder):

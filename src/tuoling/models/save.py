@@ -80,6 +80,9 @@ def save_model(
     max_shard_size: str = "5GB",
 ) -> int:
     """Write a whole model as safetensors and return the bytes of its weights. Verified as `save_adapter` is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     cached = model.config.use_cache
     model.config.use_cache = True  # switched off for training only

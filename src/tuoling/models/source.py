@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tuoling import console
 from tuoling.errors import DataError, ModelError
 from tuoling.families import OTHER, Family, family_of
-from tuoling.files import manifest_problems, read_json, sha256_file
+from tuoling.files import manifest_problems, read_json, sha256_file, sha256_text
 from tuoling.language import tr
 
 TEMPLATE_FILE = "template.json"
@@ -57,6 +57,15 @@ class ModelSource:
     def weights_path(self) -> Path:
         """The folder with the whole model's weights: the base's, for an adapter."""
         return self.base.weights_path if self.base else self.path
+
+    def fingerprint(self) -> str:
+        """Changes whenever the weights may have: names, sizes and times of the weight files, the base's too."""
+        entries = [
+            f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
+            for file in (*weight_files(self.path), *(self.path / name for name in ADAPTER_WEIGHTS))
+            if file.is_file()
+        ]
+        return sha256_text("\n".join([*entries, self.base.fingerprint() if self.base else ""]))
 
     @property
     def run_folder(self) -> Path:

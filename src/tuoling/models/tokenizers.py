@@ -28,17 +28,19 @@ _USUAL = {  # only where no file names the token, and only if the vocabulary has
 }
 
 
-def load_tokenizer(source: ModelSource | str | Path, *, quiet: bool = False) -> TextTokenizer:
+def load_tokenizer(source: ModelSource | str | Path, *, for_training: bool = True) -> TextTokenizer:
     """The tokenizer of a model that was found, of a folder, of a `tokenizer.json` file, or of a hub id.
 
-    An adapter's own files come first, then its run's, then its base's. Findings of the tokenizer check are
-    printed unless `quiet`. Raises ModelError where there is no tokenizer, or one that cannot be used.
+    An adapter's own files come first, then its run's, then its base's. for_training: print every finding of the
+    tokenizer check and refuse its errors (no end token, more ids than embeddings); else only warn of errors.
+    Raises ModelError where there is no tokenizer, or one that cannot be used.
     """
-    from tuoling.text.tokenizer import TextTokenizer, check_tokenizer
+    from tuoling.text.checks import check_tokenizer
+    from tuoling.text.tokenizer import TextTokenizer
 
     environment.quiet_libraries()
     file = _find_file(source)
-    tokenizer = _build(file)
+    tokenizer = TextTokenizer(_build(file))
     config = source.config if isinstance(source, ModelSource) else _object(file.parent / "config.json")
     findings = check_tokenizer(
         tokenizer,
@@ -48,10 +50,12 @@ def load_tokenizer(source: ModelSource | str | Path, *, quiet: bool = False) -> 
     )
     for finding in findings:
         if finding.level == "error":
-            raise ModelError(finding.message, where=str(file))
-        if not quiet:
+            if for_training:
+                raise ModelError(finding.message, where=str(file))
+            console.warn(f"{file.parent.name}: {finding.message}")
+        elif for_training:
             console.note(f"{file.parent.name}: {finding.message}")
-    return TextTokenizer(tokenizer)
+    return tokenizer
 
 
 def _find_file(source: ModelSource | str | Path) -> Path:
@@ -107,13 +111,26 @@ def _build(file: Path) -> PreTrainedTokenizerFast:
     backend.no_padding()  # a file may carry the padding and cutting of whoever saved it
     backend.no_truncation()
     settings = _object(file.parent / "tokenizer_config.json")
+    special = _special_tokens(backend, file.parent, settings, own)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_chat_template(file.parent, settings),
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **_special_tokens(backend, file.parent, settings, own),
+        **special,
+        **_begin_token(settings, known=bool(own) and "bos_token" in special),
     )
+
+
+def _begin_token(settings: dict[str, Any], *, known: bool) -> dict[str, bool]:
+    """Whether text begins with the begin token: as the config says, else as tokenizer.json does it by itself.
+
+    known: a sentencepiece model, which has no such rule of its own; LLaMA's habit is to begin with it.
+    """
+    said = settings.get("add_bos_token")
+    if isinstance(said, bool) or known:
+        return {"add_bos_token": said if isinstance(said, bool) else True, "add_eos_token": False}
+    return {}
 
 
 def _from_json(file: Path) -> Tokenizer:

@@ -1,0 +1,136 @@
+"""tuoling chat"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tuoling.language import tr
+
+HELP = tr(
+    """Talk to a model in the terminal: a run, an adapter, a model folder or a hub id.
+
+    Base, template and stops are read from what lies there. /help in the chat lists the commands; lines from a
+    pipe are answered one by one.""",
+    """在终端与模型对话：可以是运行目录、适配器、模型目录或模型库编号。
+
+    基座、模板与停止符都从目录里读取。对话中输入 /help 查看命令；从管道读入时逐行回答。""",
+)
+
+RunOrModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help=tr("run, adapter or model folder, or hub id", "运行、适配器或模型目录，或模型库编号"),
+    ),
+]
+Template = Annotated[
+    str | None, typer.Option("--template", help=tr("another prompt template", "改用别的提示模板"))
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help=tr("where the adapter's base lies", "适配器的基座位置"))
+]
+Revision = Annotated[str | None, typer.Option("--revision", help=tr("hub revision", "模型库版本"))]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto | bf16 | fp16 | fp32")]
+Device = Annotated[str, typer.Option("--device", help="auto | cpu | cuda | mps")]
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-remote-code",
+        help=tr("run Python code from the model folder", "允许运行模型目录中的 Python 代码"),
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", help=tr("longest answer, in tokens", "回答的最大 token 数"))
+]
+MinNewTokens = Annotated[
+    int | None, typer.Option("--min-new-tokens", help=tr("shortest answer, in tokens", "回答的最小 token 数"))
+]
+Sample = Annotated[
+    bool | None,
+    typer.Option("--do-sample/--no-sample", help=tr("draw tokens, or take the best", "采样，或总取最优")),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help=tr("turns sampling on", "设置后开启采样"))
+]
+TopP = Annotated[float | None, typer.Option("--top-p", help=tr("turns sampling on", "设置后开启采样"))]
+TopK = Annotated[int | None, typer.Option("--top-k", help=tr("turns sampling on", "设置后开启采样"))]
+Beams = Annotated[int | None, typer.Option("--num-beams", help=tr("beams; 1 is greedy", "束数；1 为贪心"))]
+Penalty = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help=tr("on the answer only; 1 is off", "只作用于回答；1 为关闭")),
+]
+NoRepeat = Annotated[
+    int | None,
+    typer.Option("--no-repeat-ngram-size", help=tr("on the answer only; 0 is off", "只作用于回答；0 为关闭")),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help=tr("of sampling", "采样的随机种子"))]
+
+
+def command(
+    run_or_model: RunOrModel,
+    template: Template = None,
+    system: Annotated[str | None, typer.Option("--system", help=tr("system prompt", "系统提示"))] = None,
+    base: Base = None,
+    max_new_tokens: MaxNewTokens = None,
+    do_sample: Sample = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    num_beams: Beams = None,
+    repetition_penalty: Penalty = None,
+    no_repeat_ngram_size: NoRepeat = None,
+    seed: Seed = None,
+    memory_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--memory-tokens", min=16, help=tr("limit of prompt and answer together", "提示与回答合计的上限")
+        ),
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    allow_remote_code: RemoteCode = False,
+) -> None:
+    from tuoling import console
+    from tuoling.api import load
+    from tuoling.infer.session import ChatSession
+    from tuoling.infer.terminal import Terminal, pipe_reader, terminal_reader, warn_idle
+
+    with load(
+        run_or_model,
+        template=template,
+        base=base,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        allow_remote_code=allow_remote_code,
+    ) as model:
+        settings = model.settings(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_beams=num_beams,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            seed=seed,
+        )
+        session = ChatSession(
+            model.engine, settings, system=system, memory_tokens=memory_tokens, say=console.note
+        )
+        warn_idle(session)
+        interactive = sys.stdin.isatty()
+        if interactive:
+            console.note(tr("/help lists the commands, /exit leaves", "输入 /help 查看命令，/exit 退出"))
+        terminal = Terminal(
+            session,
+            read_line=terminal_reader(tr("you> ", "你> ")) if interactive else pipe_reader(sys.stdin),
+            out=sys.stdout,
+            interactive=interactive,
+        )
+        code = terminal.run()
+    raise typer.Exit(code)
