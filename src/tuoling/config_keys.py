@@ -305,14 +305,14 @@ def _expected(kind: str, context: Mapping[str, Any], key: str) -> str:
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", "").replace(" or ", ", ")
         return tr(f"must be one of {choices}", f"只能是 {choices} 之一")
-    for name, en, zh in (
-        ("gt", "must be greater than", "必须大于"),
-        ("ge", "must be at least", "不能小于"),
-        ("lt", "must be less than", "必须小于"),
-        ("le", "must be at most", "不能大于"),
+    for name, text in (
+        ("gt", tr("must be greater than", "必须大于")),
+        ("ge", tr("must be at least", "不能小于")),
+        ("lt", tr("must be less than", "必须小于")),
+        ("le", tr("must be at most", "不能大于")),
     ):
         if name in context:
-            return tr(f"{en} {context[name]:g}", f"{zh} {context[name]:g}")
+            return f"{text} {context[name]:g}"
     if kind == "string_pattern_mismatch":
         return tr("must be auto, cpu, cuda, cuda:N or mps", "只能是 auto、cpu、cuda、cuda:N 或 mps")
     if kind.startswith("int"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 
@@ -36,7 +37,8 @@ def show_error(error: TuolingError) -> None:
     if error.where:
         err.print(f"  [dim]{tr('where', '位置')}[/dim]  {escape(error.where)}")
     for number, line in enumerate((error.remedy or "").splitlines()):
-        label = tr("try", "办法") if number == 0 else "   " if tr("a", "b") == "a" else "    "
+        label = tr("try", "办法")
+        label = label if number == 0 else " " * cell_len(label)
         err.print(f"  [dim]{label}[/dim]  {escape(line)}")
 
 

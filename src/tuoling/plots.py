@@ -74,7 +74,7 @@ def history(rows: Iterable[Mapping[str, Any]]) -> History:
     series: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "learning_rate": {}}
     for row in rows:
         step = row.get("step")
-        if not isinstance(step, int):
+        if not isinstance(step, int) or isinstance(step, bool):
             continue
         for name, points in series.items():
             value = row.get(name)

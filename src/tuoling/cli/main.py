@@ -31,7 +31,19 @@ from tuoling.language import tr
 GROUPS = ("data",)
 """File name prefixes that are a word of their own on the command line."""
 
-FIRST = ("quickstart", "data", "check", "show", "plan", "train", "resume", "continue", "report", "predict", "chat")
+FIRST = (
+    "quickstart",
+    "data",
+    "check",
+    "show",
+    "plan",
+    "train",
+    "resume",
+    "continue",
+    "report",
+    "predict",
+    "chat",
+)
 """The order of help: the way a user goes. Commands not named here follow by the alphabet."""
 
 
@@ -112,6 +124,17 @@ class CommandGroup(_Bilingual, TyperGroup):
             )
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would leave without a word
+            console.err.print()
+            console.note(tr("stopped by Ctrl-C", "已由 Ctrl-C 中断"))
+            return 130
+        except BrokenPipeError:  # the reader of a pipe has gone (`| head`)
+            _silence_stdout()
+            return 0
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -128,12 +151,9 @@ class CommandGroup(_Bilingual, TyperGroup):
         try:
             result = super().main(words, "tuoling", complete_var, False, windows_expand_args, **extra)
             code = result if isinstance(result, int) else 0
+            sys.stdout.flush()
         except Exception as error:
             code = _report(error, words, debug)
-        except KeyboardInterrupt:
-            console.err.print()
-            console.note(tr("stopped by Ctrl-C", "已由 Ctrl-C 中断"))
-            code = 130
         if not standalone_mode:
             return code
         sys.exit(code)
@@ -205,7 +225,7 @@ def _report_abort() -> int:
 
 
 def _silence_stdout() -> None:
-    """The reader of a pipe has gone (`| head`): keep Python from complaining when it flushes at exit."""
+    """Keep Python from complaining when it flushes a closed pipe at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -261,7 +281,10 @@ def _report_defect(error: Exception, words: list[str], debug: bool) -> int:
             where=where,
             remedy=None
             if debug
-            else tr("the traceback is in that file; --debug shows it here", "详细信息在上面的文件里；加 --debug 可直接显示"),
+            else tr(
+                "the traceback is in that file; --debug shows it here",
+                "详细信息在上面的文件里；加 --debug 可直接显示",
+            ),
         )
     )
     return 1
@@ -275,7 +298,9 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback(
@@ -294,7 +319,8 @@ def root(
     debug: Annotated[
         bool,
         typer.Option(
-            "--debug", help=tr("Show Python's traceback when something fails.", "出错时显示 Python 的调用栈。")
+            "--debug",
+            help=tr("Show Python's traceback when something fails.", "出错时显示 Python 的调用栈。"),
         ),
     ] = False,
 ) -> None:
