@@ -170,7 +170,7 @@ def batches_of_step(setup: Setup, order: SampleOrder, step: int) -> list[Batch]:
     plan = setup.plan
     begin = step * plan.rows_per_step
     end = min(begin + plan.rows_per_step, plan.total_rows)
-    rows = [int(setup.train.index[order.row(position)]) for position in range(begin, end)]
+    rows = [int(setup.train.index[row]) for row in order.rows(begin, end)]
     size = plan.rows_per_micro_batch
     return [
         collate([setup.train.store[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size)
@@ -207,12 +207,8 @@ def train_step(
 
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
     """Summed cross entropy of a packed batch, in nats, on `device`."""
-    return fast.loss_sum(
-        batch.input_ids.to(device),
-        batch.labels.to(device),
-        batch.position_ids.to(device),
-        batch.cu_seqlens.to(device),
-    )
+    here = batch.to(device)
+    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens)
 
 
 @torch.no_grad()

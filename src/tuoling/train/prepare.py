@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tuoling import environment, files
+from tuoling import console, environment, files
 from tuoling.data.sources import resolve_sources
 from tuoling.data.store import StoreReport, StoreSettings, TokenStore, compile_store
 from tuoling.errors import ConfigError, DataError, ModelError
@@ -193,14 +193,49 @@ def _compile(
     )
     cache = environment.cache_dir() / "tokens"
     files.require_writable(cache)
-    store, report = compile_store(
-        sources, tokenizer=tokenizer, template=template, settings=settings, cache_dir=cache, say=say
-    )
+    with console.progress() as bar:
+        task = bar.add_task(tr("reading rows", "读取数据"), total=None, detail="")
+        store, report = compile_store(
+            sources,
+            tokenizer=tokenizer,
+            template=template,
+            settings=settings,
+            cache_dir=cache,
+            progress=lambda rows: bar.update(task, completed=rows),
+        )
+    for line in _store_notes(report):
+        say(line)
     if len(store) == 0:
         raise DataError(
             tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names])
         )
     return store, report
+
+
+def _store_notes(report: StoreReport) -> list[str]:
+    """What became of the rows: formats, what was dropped or cut, whether the store was there already."""
+    formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
+    lines = [tr(f"rows: {report.rows:,} ({formats})", f"数据：{report.rows:,} 条（{formats}）")]
+    if report.bad:
+        lines.append(tr(f"{report.bad:,} bad rows left out: {report.ledger}", f"去掉 {report.bad:,} 条坏数据：{report.ledger}"))
+    if report.dropped_overlong:
+        lines.append(
+            tr(f"{report.dropped_overlong:,} over-long rows dropped", f"去掉 {report.dropped_overlong:,} 条超长数据")
+        )
+    if report.cut:
+        lines.append(tr(f"{report.cut:,} prompts cut to fit", f"{report.cut:,} 条的提示被截短"))
+    if report.split:
+        lines.append(tr(f"{report.split:,} over-long rows split", f"{report.split:,} 条超长数据被切分"))
+    if report.flagged:
+        lines.append(
+            tr(
+                f"{report.flagged:,} rows are flagged (unfilled placeholders and the like): tuoling data check shows them",
+                f"{report.flagged:,} 条有可疑之处（如未填的占位符）：用 tuoling data check 查看",
+            )
+        )
+    if report.reused:
+        lines.append(tr("tokens: the store made earlier is used again", "token：沿用以前编译好的结果"))
+    return lines
 
 
 def hold_out(store: TokenStore, count: int, seed: int) -> tuple[Rows, Rows | None]:
@@ -242,7 +277,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "why": setup.template_reason,
             "stops": list(setup.template.stops),
         },
-        "data": {"key": setup.train.store.key, **setup.report.to_json()},
+        "data": {"key": setup.train.store.key, **setup.report.facts()},
         "held_out": None
         if setup.held_out is None
         else {"key": setup.held_out.store.key, "rows": len(setup.held_out)},
