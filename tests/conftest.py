@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 os.environ["TUOLING_LANG"] = "en"
+# Tiny tensors on two threads spend their time waiting for each other, the more so with two test processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
