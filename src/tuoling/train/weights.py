@@ -30,7 +30,7 @@ def make_trainable(model: Any, setup: Setup) -> Any:
         model,
         LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides, any number will do
+            lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=lora_target_names(model, config.lora_target),
             task_type="CAUSAL_LM",
