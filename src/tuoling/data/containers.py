@@ -93,12 +93,11 @@ def _is_bracketed_text(start: str) -> bool:
     """True for prose that begins with a bracket (`[1] A note`) rather than an array of rows."""
     if re.match(r"\[\s*[{\[]", start):
         return False
-    first = start.split("\n", 1)[0]
     try:
-        json.JSONDecoder().raw_decode(start)
-    except ValueError:
-        return not re.match(r'\[\s*("|$)', first)
-    return False
+        _, end = json.JSONDecoder().raw_decode(start)
+    except (ValueError, RecursionError):
+        return not re.match(r'\[\s*("|$)', start)
+    return not re.match(r"\s*($|[\[{,])", start[end:])
 
 
 def read_container(path: str, container: Container) -> Iterator[Raw]:

@@ -77,19 +77,18 @@ def detect_encoding(path: str) -> Encoding:
     with open_bytes(path, gz=False) as file:
         gz = file.read(2) == _GZIP
     with open_bytes(path, gz=gz) as file:
-        try:
-            head = file.read(HEAD_BYTES)
-            while head and head.isascii() and b"\0" not in head and not head.startswith(_PARQUET):
-                more = file.read(HEAD_BYTES)  # \uXXXX or English so far: the first other byte decides
-                if not more:
-                    break
-                head = head[-4:] + more
-        except READ_ERRORS as error:
-            raise DataError(
-                tr(f"broken gzip: {error}", f"gzip 文件已损坏：{error}"),
-                where=path,
-                remedy=tr("download or pack it again", "重新下载或重新压缩"),
-            ) from error
+        head, broken = _head_of(file)
+        while head.isascii() and b"\0" not in head and not head.startswith(_PARQUET) and not broken:
+            more, broken = _head_of(file)  # \uXXXX or English so far: the first other byte decides
+            if not more:
+                break
+            head = head[-4:] + more
+    if broken and not head:
+        raise DataError(
+            tr("broken gzip: nothing can be read", "gzip 文件已损坏：什么都读不出来"),
+            where=path,
+            remedy=tr("download or pack it again", "重新下载或重新压缩"),
+        )
     if not head.strip():
         raise DataError(
             tr("the file is empty", "文件是空的"),
@@ -97,6 +96,18 @@ def detect_encoding(path: str) -> Encoding:
             remedy=tr("check that it was written or downloaded whole", "请确认它已完整写出或下载"),
         )
     return Encoding(_codec_of(path, head), gz)
+
+
+def _head_of(file: IO[bytes]) -> tuple[bytes, bool]:
+    """The next bytes of a file, and whether its compression breaks off in them."""
+    pieces, size = [], 0
+    try:
+        while size < HEAD_BYTES and (piece := file.read(1 << 13)):
+            pieces.append(piece)
+            size += len(piece)
+    except READ_ERRORS:
+        return b"".join(pieces), True
+    return b"".join(pieces), False
 
 
 def missing_file(path: str) -> DataError:
@@ -167,9 +178,13 @@ def open_text(path: str, encoding: Encoding) -> Iterator[TextIO]:
 
 
 def read_head(path: str, encoding: Encoding, characters: int = HEAD_BYTES) -> str:
-    """The first characters of a file."""
+    """The first characters of a file, as far as its compression holds."""
+    pieces, size = [], 0
     with open_text(path, encoding) as file:
         try:
-            return file.read(characters)
+            while size < characters and (piece := file.read(1 << 12)):
+                pieces.append(piece)
+                size += len(piece)
         except READ_ERRORS:
-            return ""
+            pass
+    return "".join(pieces)

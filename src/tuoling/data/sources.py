@@ -309,7 +309,6 @@ def _registered(path: Path, name: str, seed: int) -> Source:
     number = entry.get("num_samples")
     source = Source(
         "",
-        format="preference" if entry.get("ranking") else None,
         columns=columns or None,
         optional_columns=optional,
         tags={str(k): str(v) for k, v in tags.items()} if isinstance(tags, dict) else None,

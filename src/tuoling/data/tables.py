@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -89,13 +90,14 @@ def _first_rows(head: str, delimiter: str, complete: bool) -> list[list[str]]:
 def read_table(file: TextIO, table: Table) -> Iterator[Raw]:
     """One record a row: quotes and line ends inside cells are read; a row of another width is a bad one."""
     csv.field_size_limit(_CELL_LIMIT)
-    quotes = 0
+    quotes, last = 0, ""
+    opened = re.compile(rf'(?:^|{table.delimiter})"')
 
     def counted() -> Iterator[str]:
-        nonlocal quotes
-        for line in file:
-            quotes += line.count('"')
-            yield line
+        nonlocal quotes, last
+        for last in file:  # kept, to look at again when its row turns out to be odd
+            quotes += last.count('"')
+            yield last
 
     reader = csv.reader(counted(), delimiter=table.delimiter)
     header_pending = table.header
@@ -114,7 +116,11 @@ def read_table(file: TextIO, table: Table) -> Iterator[Raw]:
         if header_pending:
             header_pending = False
             continue
-        yield line, *_record(cells, table, open_quote=reader.line_num > line and (quotes - before) % 2 == 1)
+        odd = (quotes - before) % 2 == 1
+        yield (
+            line,
+            *_record(cells, table, open_quote=odd and (reader.line_num > line or bool(opened.search(last)))),
+        )
 
 
 def _record(
