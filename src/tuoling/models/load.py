@@ -136,7 +136,7 @@ def _load_base(
     files = weight_files(folder)
     _require_whole(folder, files)
     with _weight_errors(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -147,6 +147,7 @@ def _load_base(
             output_loading_info=True,
             **({} if device == "cpu" else {"device_map": {"": device}}),
         )
+    model, info = loaded
     _require_all_used(folder, info)
     return model
 

@@ -142,7 +142,7 @@ def _bad(where: str, detail: str) -> OutputError:
 
 
 def _save_beside(
-    model: PreTrainedModel,
+    model: Any,
     folder: Path,
     tokenizer: TextTokenizer | None,
     template: Mapping[str, Any] | None,
@@ -158,7 +158,7 @@ def _save_beside(
 
 
 def generation_defaults(
-    model: PreTrainedModel, tokenizer: TextTokenizer, stops: Iterable[str]
+    model: Any, tokenizer: TextTokenizer, stops: Iterable[str]
 ) -> dict[str, Any]:
     """generation_config.json: the model's own settings, with every stop that is one token."""
     settings = {} if model.generation_config is None else model.generation_config.to_diff_dict()

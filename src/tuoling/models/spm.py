@@ -83,7 +83,7 @@ def tokenizer_from_spm(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
