@@ -221,6 +221,14 @@ def test_paths_are_as_typed_then_beside_the_file(tmp_path: Path, monkeypatch: py
     assert [note for note in loaded.notes if "beside the config file" in note and "only.json" in note]
 
 
+def test_files_with_and_without_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("a,b.json"), "[]")
+    assert load_config([], ["data=a,b.json"]).config.data == ("a,b.json",)
+    assert load_config([], ["data=a.json, c.json"]).config.data == ("a.json", "c.json")
+    assert load_config([], ["data=[a.json, 'c,d.json']"]).config.data == ("a.json", "c,d.json")
+
+
 def test_config_is_frozen_and_closed() -> None:
     config = RunConfig()
     with pytest.raises(Exception, match="frozen"):

@@ -221,6 +221,11 @@ def test_words_speak_our_own_dialect_over_such_a_file(tmp_path: Path) -> None:
     assert (config.data, config.dataset) == (("rows.json",), ())
 
 
+def test_our_own_policy_in_such_a_file_is_kept(tmp_path: Path) -> None:
+    config = load(tmp_path, LORA_SFT + "overlong: cut_prompt\n").config
+    assert (config.template, config.overlong) == ("lf/qwen3_nothink", "cut_prompt")
+
+
 def test_a_file_of_ours_is_not_taken_for_theirs(tmp_path: Path) -> None:
     config = load(
         tmp_path, "model_name_or_path: m\nstage: sft\ndata: d.json\ntemplate: alpaca\nlora_target: all\n"
@@ -269,7 +274,9 @@ def test_it_equals_the_recipe(tmp_path: Path) -> None:
     theirs = load_config(write_pair(tmp_path, DOMAIN, DOMAIN_LORA)).config.model_dump()
     different = {key for key in ours if ours[key] != theirs[key]}
     names_the_run = {"recipe", "model_name_or_path", "data", "output_dir"}
-    assert different == names_the_run | {"lora_target", "overlong"}, "the order of targets, and a stricter default"
+    assert different == names_the_run | {"lora_target", "overlong"}, (
+        "the order of targets, and a stricter default"
+    )
     assert set(ours["lora_target"]) == set(theirs["lora_target"])
 
 

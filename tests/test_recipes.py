@@ -75,6 +75,13 @@ def test_recipe_says_where_it_comes_from(name: str) -> None:
     assert all(line.startswith("# ") for line in head)
 
 
+@pytest.mark.parametrize("name", [*LORA, *FULL])
+def test_recipe_names_a_template_that_exists(name: str) -> None:
+    from tuoling.text.templates import TEMPLATES
+
+    assert load(name).template in {*TEMPLATES, None}
+
+
 def test_a_recipe_can_be_overridden() -> None:
     config = load_config([], ["recipe=domain-bloom", "max_seq_len=1024", "max_steps=50"]).config
     assert (config.max_seq_len, config.max_steps, config.lora_dropout, config.template) == (

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tuoling import dialects
 from tuoling.config_files import ConfigFile, parse_value, read_config_file
 from tuoling.config_keys import RunConfig, cross_issues, explain
+from tuoling.config_settle import Issue, nearest, settle
 from tuoling.errors import ConfigError
 from tuoling.language import tr
 
@@ -51,7 +52,7 @@ class _Layer:
     values: dict[str, Any]
     where: dict[str, str]
     notes: list[str] = field(default_factory=list)
-    issues: list[dialects.Issue] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
     folders: tuple[Path, ...] = ()
 
 
@@ -67,7 +68,7 @@ def recipe_path(name: str) -> Path:
         return packaged
     if Path(name).is_file():
         return Path(name)
-    near = dialects.nearest(name, recipe_names())
+    near = nearest(name, recipe_names())
     raise ConfigError(
         tr(f"no such recipe: {name}", f"没有这个配方：{name}"),
         where="recipe",
@@ -147,7 +148,7 @@ def _split_override(word: str) -> tuple[str, Any]:
 def _settle(values: Mapping[str, Any], place: str, kind: str) -> _Layer:
     """Rename aliases and answer other tools' keys in values that were typed, not read from a file."""
     where = {key: f"{place}: {key}" if kind == "flag" else f"{place}: {key}={values[key]}" for key in values}
-    settled = dialects.settle(values, where)
+    settled = settle(values, where)
     return _Layer(settled.values, settled.where, [] if kind == "flag" else settled.notes, settled.issues)
 
 
@@ -168,7 +169,7 @@ def _read_layers(read: Sequence[ConfigFile], removed: set[str]) -> tuple[list[_L
 
 def _recipe_layer(name: str, removed: set[str]) -> _Layer:
     file = read_config_file(recipe_path(name)).without(removed)
-    settled = dialects.settle(file.values, dict.fromkeys(file.values, f"recipe {name}"))
+    settled = settle(file.values, dict.fromkeys(file.values, f"recipe {name}"))
     return _Layer(settled.values, settled.where, settled.notes, settled.issues)
 
 
@@ -204,11 +205,11 @@ def _beside(text: str, folders: tuple[Path, ...]) -> str:
 
 def _merge(
     layers: Sequence[_Layer],
-) -> tuple[dict[str, Any], dict[str, str], list[str], list[dialects.Issue]]:
+) -> tuple[dict[str, Any], dict[str, str], list[str], list[Issue]]:
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     notes: list[str] = []
-    issues: list[dialects.Issue] = []
+    issues: list[Issue] = []
     for layer in layers:
         for group in EXCLUSIVE:
             if not any(key in layer.values for key in group):
@@ -230,7 +231,7 @@ def _merge(
     return values, {key: place for key, place in origin.items() if key in values}, notes, issues
 
 
-def _build(values: dict[str, Any], origin: Mapping[str, str], issues: list[dialects.Issue]) -> RunConfig:
+def _build(values: dict[str, Any], origin: Mapping[str, str], issues: list[Issue]) -> RunConfig:
     """Validate everything and raise everything at once."""
     found = list(issues)
     config: RunConfig | None = None
@@ -238,17 +239,17 @@ def _build(values: dict[str, Any], origin: Mapping[str, str], issues: list[diale
         config = RunConfig(**values)
     except ValidationError as error:
         for key, problem, remedy in explain(error):
-            found.append(dialects.Issue(problem, origin.get(key, key), remedy))
+            found.append(Issue(problem, origin.get(key, key), remedy))
         if not any(item["type"] == "run_config" for item in error.errors()):
             for key, problem, remedy in cross_issues(values):
-                found.append(dialects.Issue(problem, origin.get(key, key), remedy))
+                found.append(Issue(problem, origin.get(key, key), remedy))
     if found:
         raise _as_error(found)
     assert config is not None
     return config
 
 
-def _as_error(issues: Sequence[dialects.Issue]) -> ConfigError:
+def _as_error(issues: Sequence[Issue]) -> ConfigError:
     if len(issues) == 1:
         return ConfigError(issues[0].problem, where=issues[0].where, remedy=issues[0].remedy)
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -31,7 +32,8 @@ def _words(value: Any) -> Any:
 
 
 def _files(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    """As `_words`, and a file whose name holds a comma is one file."""
+    return (value,) if isinstance(value, str) and Path(value).exists() else _words(value)
 
 
 def _trackers(value: Any) -> Any:
