@@ -53,6 +53,7 @@ class TextTokenizer:
             self._inside = _without_word_mark(self._json, backend)
         specials = _special_tokens(hf)
         self._special_ids = {text: token_id for text, (token_id, _, _) in specials.items()}
+        self._special_numbers = frozenset(self._special_ids.values())
         self._special_re = _special_pattern(specials)
         self._parts: dict[str, list[str | int]] = {}
         self.marks_words = self._encode_start([_PROBE]) != self._encode_inside([_PROBE])
@@ -90,6 +91,10 @@ class TextTokenizer:
         """Special tokens with ids from `rows` on, if nothing else lies there; None if ordinary words do."""
         beyond = [text for text, token_id in self.hf.get_vocab().items() if token_id >= rows]
         return sorted(beyond) if all(text in self._special_ids for text in beyond) else None
+
+    def is_special(self, token_id: int) -> bool:
+        """True for ids of special tokens."""
+        return token_id in self._special_numbers
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token, if `text` is exactly one."""
