@@ -36,7 +36,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One row as it will be trained. tokens and learned count characters where `unit` is "characters"."""
+    """One row as it will be trained.
+
+    Where `unit` is "characters", tokens and learned count characters of text, and `ends` is empty.
+    """
 
     place: str
     format: str
@@ -66,7 +69,7 @@ def preview(
     max_seq_len: int | None = None,
 ) -> Preview:
     """What becomes of a row; a bad one shows its problems instead of text."""
-    problems = tuple(f"{problem.field}: {problem.message}".lstrip(": ") for problem in row.problems)
+    problems = tuple(problem.message for problem in row.problems)
     flags = tuple(flag.message for flag in row.flags)
     unit: Literal["tokens", "characters"] = "tokens" if tokenizer else "characters"
     if problems or row.conversation is None:
@@ -76,13 +79,13 @@ def preview(
     except TemplateError as error:
         return Preview(str(row.place), row.format, (), unit, problems=(error.problem,), flags=flags)
     runs = _token_runs(segments, tokenizer) if tokenizer else _character_runs(segments)
+    sizes = [len(run.ids) if tokenizer else len(run.text) * (run.kind == "text") for run in runs]
     ends, position = [], 0
-    for run in runs:
-        length = len(run.ids) if tokenizer else len(run.text)
-        if run.kind == "special" and run.learned:
-            ends.append(position + length - 1)
-        position += length
-    learned = sum(len(run.ids) if tokenizer else len(run.text) for run in runs if run.learned)
+    for run, size in zip(runs, sizes, strict=True):
+        position += size
+        if tokenizer and run.kind == "special" and run.learned:
+            ends.append(position - 1)
+    learned = sum(size for run, size in zip(runs, sizes, strict=True) if run.learned)
     return Preview(
         place=str(row.place),
         format=row.format,
@@ -150,7 +153,7 @@ def summary(shown: Preview) -> str:
     if shown.ends:
         places = ", ".join(str(end) for end in shown.ends)
         parts.append(tr(f"end token at {places}", f"结束符位于 {places}"))
-    elif shown.runs:
+    elif shown.unit == "tokens":
         parts.append(tr("no end token of its own is learned", "没有学习单独的结束符"))
     if shown.over:
         parts.append(tr(f"{shown.over} over max_seq_len", f"超出 max_seq_len {shown.over} 个"))
