@@ -14,7 +14,7 @@ from tuoling.data.check import check, parse_share
 from tuoling.data.duplicates import NearDuplicates, first_of_equal, grams, similarity
 from tuoling.data.lengths import kept_shares, length_report
 from tuoling.data.sources import Source
-from tuoling.errors import UsageError
+from tuoling.errors import DataError, UsageError
 
 PARTS = "春眠不觉晓处闻啼鸟夜来风雨声花落知多少白日依山尽黄河入海流欲穷千里目更上一层楼"
 
@@ -49,6 +49,14 @@ def test_a_share_of_bad_rows_may_be_allowed(tmp_path):
     assert not check([source], allow_bad=0.09).passed
     report = check([source], allow_bad=0.1)
     assert report.passed and report.to_json()["allow_bad"] == 0.1
+
+
+@pytest.mark.parametrize("text", ["[]", "instruction,output\n"])
+def test_a_file_without_rows_is_an_error(tmp_path, text):
+    (tmp_path / "rows").write_text(text)
+    with pytest.raises(DataError, match="no rows"):
+        check([Source(str(tmp_path / "rows"))], ledger=tmp_path / "ledger.jsonl")
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 def test_duplicates_repeat_an_earlier_row_and_stay_good(tmp_path):

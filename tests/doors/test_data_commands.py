@@ -43,7 +43,7 @@ def test_check_prints_one_object_and_the_rest_on_stderr(rows):
 def test_check_names_the_bad_row_for_people(rows):
     result = run("check", rows)
     assert result.exit_code == 1
-    assert f"{rows}:8: output: `output` is a list, want text" in result.stdout
+    assert f"{rows}:8:output: `output` is a list, want text" in result.stdout
     assert "not accepted" in result.stdout
 
 

@@ -187,8 +187,8 @@ def _measure(
 def _show(report: CheckReport) -> None:
     """The report for people, on stdout."""
     for place, problem in report.examples:
-        field = f"{problem.field}: " if problem.field else ""
-        console.out.print(f"[red]{place}[/red]: {_plain(field)}{_plain(problem.message)}")
+        where = f"{place}:{problem.field}" if problem.field else str(place)
+        console.out.print(f"[red]{_plain(where)}[/red]: {_plain(problem.message)}")
     if report.total.bad > len(report.examples):
         rest = report.total.bad - len(report.examples)
         console.out.print(

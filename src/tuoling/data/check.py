@@ -14,14 +14,14 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuoling.data.duplicates import NearDuplicates, first_of_equal, question_key, row_key, spoken
+from tuoling.data.duplicates import NearDuplicates, first_of_equal, key_of, spoken
 from tuoling.data.formats import formats
 from tuoling.data.json_stream import json_line
 from tuoling.data.lengths import kept_shares, length_report
 from tuoling.data.read import Guess, guess, read_rows
 from tuoling.data.row import UNKNOWN, Place, Problem, Row
 from tuoling.data.sources import Source
-from tuoling.errors import UsageError
+from tuoling.errors import DataError, UsageError
 from tuoling.files import atomic_write
 from tuoling.language import tr
 
@@ -147,10 +147,17 @@ def check(
             else:
                 lengths = ((row, _characters(row)) for row in rows)
             desk.open_file(number, source.path)
+            before = desk.total.rows
             for row, length in lengths:
                 desk.take(row, length, max_seq_len if measured else None)
                 if progress and desk.total.rows % 1000 == 0:
                     progress(1000)
+            if desk.total.rows == before:
+                raise DataError(
+                    tr("there are no rows in it", "里面没有任何数据行"),
+                    where=source.path,
+                    remedy=tr("check that it was written whole", "请确认它已完整写出"),
+                )
         desk.find_duplicates()
         found = desk.find_overlap(against) if against else None
     return CheckReport(
@@ -262,14 +269,15 @@ class _Desk:
         assert row.conversation is not None
         if row.format not in self._formats:
             self._formats.append(row.format)
-        self._keys.append(row_key(row.conversation))
-        self._questions.append(question_key(row.conversation))
+        said, asked = spoken(row.conversation)
+        self._keys.append(key_of(said))
+        self._questions.append(key_of(asked))
         self._file_of.append(len(self._tallies) - 1)
         self._line_of.append(row.place.line)
         self._row_of.append(row.place.row)
         self._format_of.append(self._formats.index(row.format))
         if self._near is not None:
-            self._near.add(spoken(row.conversation))
+            self._near.add(said)
 
     def _place(self, index: int) -> Place:
         return Place(self._paths[self._file_of[index]], self._line_of[index], self._row_of[index])
@@ -327,7 +335,7 @@ class _Desk:
         for source in against:
             for row in read_rows(source):
                 if row.conversation is not None:
-                    key = question_key(row.conversation)
+                    key = key_of(spoken(row.conversation)[1])
                     keys.append(key)
                     places.setdefault(key, row.place)
         ours: NDArray[np.uint64] = np.frombuffer(self._questions, np.uint64)

@@ -39,10 +39,14 @@ class Container:
             "parquet": "Parquet",
         }.get(self.kind, "")
         if self.table is None:
-            return kind if self.kind == "parquet" else f"{kind}, {self.encoding.words}"
+            return kind if self.kind == "parquet" else f"{kind}{tr(', ', '，')}{self.encoding.words}"
         name = "TSV" if self.table.delimiter == "\t" else "CSV"
         header = tr("with a header", "有表头") if self.table.header else tr("without a header", "无表头")
-        return f"{name} {header} ({', '.join(self.table.columns)}), {self.encoding.words}"
+        columns = ", ".join(self.table.columns)
+        return tr(
+            f"{name} {header} ({columns}), {self.encoding.words}",
+            f"{name} {header}（{columns}），{self.encoding.words}",
+        )
 
 
 def sniff(path: str, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> Container:

@@ -7,8 +7,8 @@ fixed seeds: the same rows give the same answer. Memory: about 150 bytes a row; 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import re
 import tempfile
 import unicodedata
 from array import array
@@ -16,7 +16,7 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from tuoling.text.conversation import Conversation, Turn
+from tuoling.text.conversation import Conversation
 
 NEAR = 0.8
 """Jaccard similarity of character 4-grams from which two rows are near duplicates."""
@@ -25,7 +25,7 @@ _GRAM = 4
 _BANDS, _ROWS = 16, 5
 _BLOCK = 4096  # shingles hashed at once: 4096 x 80 x 4 B = 1.3 MB
 _IN_MEMORY_BYTES = 64 << 20
-_UNHEARD = re.compile(r"[\s，。！？；：、“”‘’,!?;:\"'`]+")
+_UNHEARD = frozenset("，。！？；：、“”‘’,!?;:\"'`")
 
 _random = np.random.default_rng(20230401)
 _FACTORS = _random.integers(1, 2**31, _BANDS * _ROWS, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
@@ -34,13 +34,15 @@ _FOLD = _random.integers(1, 2**63, (_BANDS, _ROWS), dtype=np.uint64) * np.uint64
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
 
 
-def spoken(conversation: Conversation) -> str:
-    """Everything that is said, speaker by speaker, whitespace run together: what exact duplicates share."""
-    return "\x1f".join(f"{turn.role[0]}:{_squeezed(turn)}" for turn in conversation.exchanges)
+def spoken(conversation: Conversation) -> tuple[str, str]:
+    """(everything that is said, what is asked): speaker by speaker, whitespace run together.
 
-
-def _squeezed(turn: Turn) -> str:
-    return " ".join(turn.full_text.split())
+    Rows with the same first text are exact duplicates. What is asked is everything before the last answer; for plain
+    text it is the text itself.
+    """
+    parts = [f"{turn.role[0]}:{' '.join(turn.full_text.split())}" for turn in conversation.exchanges]
+    asked = parts[:-1] if conversation.answer is not None else parts
+    return "\x1f".join(parts), "\x1f".join(asked)
 
 
 def key_of(text: str) -> int:
@@ -48,16 +50,6 @@ def key_of(text: str) -> int:
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
     )
-
-
-def row_key(conversation: Conversation) -> int:
-    """Equal for rows that say the same, question and answer."""
-    return key_of(spoken(conversation))
-
-
-def question_key(conversation: Conversation) -> int:
-    """Equal for rows that ask the same (everything before the last answer); for plain text the text itself."""
-    return key_of(spoken(conversation.question))
 
 
 def first_of_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -71,18 +63,40 @@ def first_of_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return firsts
 
 
-def grams(text: str) -> NDArray[np.uint64]:
-    """Sorted distinct hashes of the text's character 4-grams, after NFKC, case, whitespace and punctuation."""
-    folded = _UNHEARD.sub("", unicodedata.normalize("NFKC", text).casefold())
-    codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    if len(codes) < _GRAM:
-        return np.array([key_of(folded)] if folded else [], np.uint64)
+@functools.cache
+def _heard() -> NDArray[np.uint32]:
+    """Code point → what counts of it: NFKC and case folded where that is one character; 0 for what is not heard."""
+    table = np.arange(0x110000, dtype=np.uint32)
+    for code in range(0x10000):
+        if 0xD800 <= code < 0xE000:
+            continue
+        folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        if not folded.strip() or folded in _UNHEARD:
+            table[code] = 0
+        elif len(folded) == 1:
+            table[code] = ord(folded)
+    return table
+
+
+def _shingles(text: str) -> NDArray[np.uint64]:
+    """Hashes of the text's character 4-grams in order, after full width, case, whitespace and punctuation. [S]"""
+    heard = _heard()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+    codes: NDArray[np.uint64] = heard[heard != 0].astype(np.uint64)
+    if not len(codes):
+        return codes
+    if len(codes) < _GRAM:  # one shingle: the whole of a short text
+        codes = np.concatenate([codes, np.zeros(_GRAM - len(codes), np.uint64)])
     size = len(codes) - _GRAM + 1
     mixed = codes[:size] * _MIX[0]
     for offset in range(1, _GRAM):
         mixed = (mixed ^ (mixed >> np.uint64(29))) + codes[offset : offset + size] * _MIX[offset]
     mixed ^= mixed >> np.uint64(32)
-    return np.unique(mixed * _MIX[0])
+    return mixed * _MIX[0]
+
+
+def grams(text: str) -> NDArray[np.uint64]:
+    """Sorted distinct hashes of the text's character 4-grams."""
+    return np.unique(_shingles(text))
 
 
 def similarity(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
@@ -106,7 +120,7 @@ class NearDuplicates:
 
     def add(self, text: str) -> None:
         """The next text."""
-        shingles = grams(text)
+        shingles = _shingles(text)
         if len(shingles):
             self._bands.frombytes(_band_hashes((shingles >> np.uint64(32)).astype(np.uint32)).tobytes())
         else:  # nothing but punctuation: like no other

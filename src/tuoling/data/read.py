@@ -41,7 +41,10 @@ class Guess:
     def words(self) -> str:
         """One line for people."""
         columns = f" ({' → '.join(self.columns)})" if self.columns else ""
-        return f"{self.path}: {self.container}; {tr('format', '格式')} {self.format}{columns}"
+        return tr(
+            f"{self.path}: {self.container}; format {self.format}{columns}",
+            f"{self.path}：{self.container}；格式 {self.format}{columns}",
+        )
 
 
 def read_rows(source: Source) -> Iterator[Row]:
@@ -196,6 +199,21 @@ class _RowReader:
 
 
 def _no_format(record: Record) -> Problem:
+    wrapped = next(
+        (
+            key
+            for key, value in record.items()
+            if isinstance(value, list) and value[:1] != [] and isinstance(value[0], Mapping)
+        ),
+        None,
+    )
+    if wrapped is not None and len(record) <= 4:
+        rows = len(record[wrapped])
+        message = tr(
+            f"the rows seem to stand in its `{wrapped}` ({rows} of them): save that list as the file",
+            f"数据似乎在 `{wrapped}` 里（{rows} 条）：请把这个列表单独存成文件",
+        )
+        return Problem(wrapped, "unknown_format", message)
     keys = ", ".join(f"`{key}`" for key in list(record)[:12]) or tr("none", "无")
     return Problem(
         "",

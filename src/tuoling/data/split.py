@@ -11,14 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tuoling.data.duplicates import (
-    NearDuplicates,
-    first_of_equal,
-    groups_of,
-    question_key,
-    row_key,
-    spoken,
-)
+from tuoling.data.duplicates import NearDuplicates, first_of_equal, groups_of, key_of, spoken
 from tuoling.data.json_stream import json_line
 from tuoling.data.read import read_rows
 from tuoling.data.sources import Source
@@ -125,13 +118,14 @@ def _groups(sources: Sequence[Source]) -> tuple[np.ndarray, int]:
             if row.conversation is None or row.problems:
                 bad += 1
                 continue
-            rows.append(row_key(row.conversation))
-            questions.append(question_key(row.conversation))
-            near.add(spoken(row.conversation))
+            said, asked = spoken(row.conversation)
+            rows.append(key_of(said))
+            questions.append(key_of(asked))
+            near.add(said)
     same = first_of_equal(np.frombuffer(rows, np.uint64))
-    asked = first_of_equal(np.frombuffer(questions, np.uint64))
+    same_question = first_of_equal(np.frombuffer(questions, np.uint64))
     try:
-        return groups_of(len(rows), [same, asked], near.pairs(same)), bad
+        return groups_of(len(rows), [same, same_question], near.pairs(same)), bad
     finally:
         near.close()
 

@@ -130,9 +130,8 @@ def field_of(format: RowFormat, turns: tuple[Turn, ...], index: int, record: Rec
         return f"{format.turns_field}[{max(0, index - offset)}]"
     if role == "system":
         return "system"
-    last = {"assistant": format.answer_field, "user": format.question_field, "text": format.answer_field}[
-        role
-    ]
+    names = format.reads(record) if format.reads else (format.question_field, format.answer_field)
+    last = names[0] if role == "user" else names[-1]
     return last if not any(turn.role == role for turn in turns[index + 1 :]) else "history"
 
 
