@@ -131,8 +131,8 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
         if value:
             done.notes.append(
                 tr(
-                    "trust_remote_code is noted and not obeyed: code from a model folder runs only with --allow-remote-code",
-                    "trust_remote_code 已读到但不执行：只有加上 --allow-remote-code 才会运行模型自带的代码",
+                    "trust_remote_code is noted and not obeyed: code from a model folder runs only with allow_remote_code=true",
+                    "trust_remote_code 已读到但不执行：只有加上 allow_remote_code=true 才会运行模型自带的代码",
                 )
             )
     else:

@@ -42,7 +42,7 @@ LLAMA_FACTORY_DEFAULTS = {
     "warmup_ratio": 0.0,
     "save_total_limit": None,
 }
-APRIL_2023_DEFAULTS = {"lr_scheduler_type": "linear", "warmup_ratio": 0.1, "load_best_model_at_end": False}
+APRIL_2023_DEFAULTS = {"lr_scheduler_type": "linear", "warmup_ratio": 0.1, "overlong": "drop"}
 DOMAIN_BLOOM_LORA = {
     "lora_rank": 8,
     "lora_alpha": 16,
@@ -187,21 +187,20 @@ def _april_2023(model: ConfigFile, adapter: ConfigFile | None) -> Settled:
     notes = _april_batch(values) + _april_warmup(values)
     done = settle(values, places)
     done.notes = [_april_guess(where, mark), *notes, *done.notes]
+    defaults: dict[str, Any] = dict(APRIL_2023_DEFAULTS)
     if mark is None:
-        done.default({"template": "domain_bloom", "overlong": "drop", "save_total_limit": 6}, where)
-        done.default(DOMAIN_BLOOM_LORA, where)
-        done.put("finetuning_type", "lora", where)
+        defaults |= {"template": "domain_bloom", "save_total_limit": 6, **DOMAIN_BLOOM_LORA}
     else:
-        done.default({"template": "belle_apr", "overlong": "drop", "save_total_limit": 3}, where)
-        done.put("finetuning_type", "lora" if adapter else "full", where)
-        if adapter is None:
-            done.notes.append(
-                tr(
-                    "no LoRA file: every weight is trained, as BELLE's script does",
-                    "没有 LoRA 文件：与 BELLE 的脚本一样训练全部权重",
-                )
+        defaults |= {"template": "belle_apr", "save_total_limit": 3}
+    done.default(defaults, where, unless={"warmup_ratio"} if "warmup_steps" in values else ())
+    done.put("finetuning_type", "lora" if adapter or mark is None else "full", where)
+    if done.values["finetuning_type"] == "full":
+        done.notes.append(
+            tr(
+                "no LoRA file: every weight is trained, as BELLE's script does",
+                "没有 LoRA 文件：与 BELLE 的脚本一样训练全部权重",
             )
-    done.default(APRIL_2023_DEFAULTS, where, unless={"warmup_ratio"} if "warmup_steps" in values else ())
+        )
     done.notes += [
         tr(
             "rows longer than cutoff_len are dropped and counted (that script cuts the answer and puts an end token there); overlong= changes it",
