@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,8 @@ def secret(name: str) -> str | None:
 
 
 def quiet_libraries() -> None:
-    """Keep what the libraries print below warnings, and their telemetry off, before they are imported."""
+    """Keep what the libraries print below errors, and their telemetry off, before they are imported."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
