@@ -11,6 +11,7 @@ gets the same object again, whatever other step has run since.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class Pack:
     def of(cu_seqlens: Tensor) -> Pack:
         """From [B+1] offsets, the first 0 and the last T. Documents without tokens are left out."""
         ends = cu_seqlens.tolist()
-        lengths = tuple(b - a for a, b in zip(ends, ends[1:], strict=False) if b > a)
+        lengths = tuple(b - a for a, b in itertools.pairwise(ends) if b > a)
         return Pack(lengths, cu_seqlens)
 
     @property
@@ -193,7 +194,11 @@ def _attend_group(
 ) -> Tensor:
     """Causal attention of B documents of one length; a bias longer than QUERY_ROWS is met in blocks."""
     length = q_BNLD.shape[2]
-    options = {"scale": scale, "dropout_p": dropout, "enable_gqa": q_BNLD.shape[1] != k_BKLD.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dropout_p": dropout,
+        "enable_gqa": q_BNLD.shape[1] != k_BKLD.shape[1],
+    }
     window = None if bias is None else bias.window
     if bias is None or (bias.slopes_N is None and (window is None or length <= window)):
         return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
@@ -390,5 +395,5 @@ def _original_function(original: str, module: nn.Module) -> Callable[..., tuple[
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     # Eager attention is no entry of the table: each model file has its own.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,9 +24,9 @@ class Head:
         self.linear = linear
         self._plain = linear.forward
         self._answer: Answer | None = None
-        linear.forward = types.MethodType(self._forward, linear)  # type: ignore[method-assign]
+        linear.__dict__["forward"] = types.MethodType(self._answered, linear)
 
-    def _forward(self, module: nn.Module, hidden: Tensor) -> Tensor:
+    def _answered(self, module: nn.Module, hidden: Tensor) -> Tensor:
         return self.plain(hidden) if self._answer is None else self._answer(hidden)
 
     def plain(self, hidden: Tensor) -> Tensor:
@@ -46,9 +47,9 @@ class Head:
         self.linear.__dict__.pop("forward", None)
 
 
-def find_linear(base: nn.Module) -> nn.Linear | None:
+def find_linear(base: Any) -> nn.Linear | None:
     """The plain floating-point linear layer that makes the logits, inside PEFT's full copy of it if it has one."""
-    module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    module = base.get_output_embeddings()
     copies = getattr(module, "modules_to_save", None)
     if copies is not None:
         active = getattr(module, "active_adapters", None) or ["default"]

@@ -50,7 +50,8 @@ class FastModel:
         self.fused_loss = False
         self.reasons: list[str] = []
         self._say = say
-        self._base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Any = getattr(model, "get_base_model", None)  # of a PeftModel
+        self._base: Any = model if unwrap is None else unwrap()
         self._takes = inspect.signature(self._base.forward).parameters
         self._attention = _Attention(self._base)
         linear = find_linear(self._base)
@@ -159,16 +160,16 @@ class FastModel:
         device = embedding.weight.device
         documents = probe.Documents.make(_vocab_rows(self._base), device)
         with probe.undisturbed(self.model, device):
-            stock = self._examine_trainable(documents, embedding)
-            self._examine_head(documents, stock[1])
-            self._examine_packing(documents, stock, embedding)
+            logits = self._examine_trainable(documents, embedding)
+            self._examine_head(documents, logits)
+            self._examine_packing(documents, embedding)
 
-    def _examine_trainable(self, documents: probe.Documents, embedding: nn.Module) -> tuple[Tensor, Tensor]:
-        """Logits of the two documents, from transformers alone. ModelError unless it is a causal model."""
+    def _examine_trainable(self, documents: probe.Documents, embedding: nn.Module) -> Tensor:
+        """Logits of the second document, from transformers alone. ModelError unless it is a causal model."""
         name = _family(self._base)
         try:
             with torch.no_grad():
-                stock = self._forward(documents.first), self._forward(documents.second)
+                logits = self._forward(documents.second)
             causal = probe.is_causal(self._forward, documents)
             gradient = probe.leak(
                 embedding, lambda: self._forward(torch.cat([documents.first, documents.second]))
@@ -190,7 +191,7 @@ class FastModel:
                     "choose a causal language model (…ForCausalLM)", "请选择因果语言模型（…ForCausalLM）"
                 ),
             )
-        return stock
+        return logits
 
     @torch.no_grad()
     def _examine_head(self, documents: probe.Documents, logits: Tensor) -> None:
@@ -234,29 +235,24 @@ class FastModel:
             return tr("it changes its logits after the head", "它在输出头之后还会改变 logits")
         return tr("the fused loss differs from its own", "融合损失与它自己的损失不一致")
 
-    def _examine_packing(
-        self, documents: probe.Documents, stock: tuple[Tensor, Tensor], embedding: nn.Module
-    ) -> None:
+    def _examine_packing(self, documents: probe.Documents, embedding: nn.Module) -> None:
         try:
-            reason = self._try_packing(documents, stock, embedding)
+            reason = self._try_packing(documents, embedding)
         except Unpackable as error:
             reason = str(error)
-        except Exception as error:
-            reason = tr(
-                f"its attention cannot be replaced ({_brief(error)})",
-                f"它的注意力无法替换（{_brief(error)}）",
-            )
+        except (
+            Exception
+        ):  # shapes that do not fit, arguments it does not know: whatever its own code runs into
+            reason = tr("its attention is code of its own", "它的注意力是自己的实现")
         if reason is None:
             self.packed = True
         else:
             self._refuse_packing(reason)
 
-    def _try_packing(
-        self, documents: probe.Documents, stock: tuple[Tensor, Tensor], embedding: nn.Module
-    ) -> str | None:
+    def _try_packing(self, documents: probe.Documents, embedding: nn.Module) -> str | None:
+        """Replace the attention and compare; the reason when packing is not exact."""
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             return tr("its adapter adds tokens of its own", "它的适配器会添加自己的词元")
-        self._attention.replace()
         first, second = documents.first, documents.second
         bounds = torch.tensor(
             [0, probe.FIRST, probe.FIRST + probe.SECOND], dtype=torch.int32, device=first.device
@@ -264,22 +260,34 @@ class FastModel:
         pack = Pack.of(bounds)
         positions = torch.cat([torch.arange(n, device=first.device) for n in pack.lengths])
         both = torch.cat([first, second])
-        tolerance = probe.tolerance(stock[0].dtype)
-        if probe.leak(embedding, lambda: self._forward(both, positions, pack)) != 0.0:
+        with torch.no_grad():
+            alone = torch.cat([self._outputs(first), self._outputs(second)])
+        tolerance = probe.tolerance(alone.dtype)
+        self._attention.replace()
+        if probe.leak(embedding, lambda: self._outputs(both, positions, pack)) != 0.0:
             return tr("its documents would see each other", "打包后样本之间会互相看见")
         with torch.no_grad():
-            packed = self._forward(both, positions, pack)
-            swapped = self._forward(torch.cat([documents.other, second]), positions, pack)
-            again = self._forward(second)
+            packed = self._outputs(both, positions, pack)
+            swapped = self._outputs(torch.cat([documents.other, second]), positions, pack)
+            again = self._outputs(second)
         if probe.apart(swapped[probe.FIRST :], packed[probe.FIRST :]) > tolerance:
             return tr("its documents would see each other", "打包后样本之间会互相看见")
-        if probe.apart(packed, torch.cat(stock)) > tolerance:
+        if probe.apart(packed, alone) > tolerance:
             return tr(
                 "a packed document differs from the same one alone", "打包后的样本与单独计算的结果不一致"
             )
-        if probe.apart(again, stock[1]) > tolerance:
+        if probe.apart(again, alone[probe.FIRST :]) > tolerance:
             return tr("it could not be used unpacked any more", "替换之后它不能再按原样使用")
         return None
+
+    def _outputs(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, pack: Pack | None = None
+    ) -> Tensor:
+        """Hidden states as they meet the head, [T, D], where the head can be asked; else logits [T, V]."""
+        if not self.fused_loss or self._head is None:
+            return self._forward(input_ids, position_ids, pack)
+        with self._head.answering(lambda hidden: hidden):
+            return self._forward(input_ids, position_ids, pack)
 
     def _refuse_packing(self, reason: str) -> None:
         self._attention.restore()

@@ -16,8 +16,10 @@ CHUNK_BYTES = 256 * 2**20
 """Budget for one chunk of logits. 250,880 words in bf16: 535 positions a chunk, where the whole of a
 4,096-token step would take 2 GB, and 4 GB more for its softmax in float32."""
 
-BLOCK_BYTES = 8 * 2**20
-"""Float32 rows worked on at once on a CPU: what stays in its last-level cache between the passes."""
+BLOCK_BYTES = 32 * 2**20
+"""Float32 rows worked on at once on a CPU: few enough to stay near, enough to share a launch's cost."""
+
+SMALLEST_SHARE = 1e-30
 
 
 def linear_cross_entropy(
@@ -128,7 +130,7 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[start : start + len(part_TD)] = slope_TV @ head_VD
         if self.weight is not None:
-            if slope_TV.dtype == torch.float32:
+            if slope_TV.dtype == self.weight.dtype:
                 self.weight.addmm_(slope_TV.T, part_TD)
             else:
                 self.weight += slope_TV.T @ part_TD
@@ -137,27 +139,28 @@ class _Gradients:
 
 
 def _softmax_gradient_(logits_TV: Tensor, labels_T: Tensor, scale: float, gradient: bool) -> Tensor:
-    """Cross entropy of the rows, summed in float64; logits_TV becomes its gradient, in place."""
+    """Cross entropy of the rows, summed in float64; logits_TV becomes its gradient, in place.
+
+    One softmax in float32 serves both: the loss is -log of the label's share. Written out (max, subtract,
+    exp, sum, divide) it took twice as long on two busy cores. A share under 1e-30 (a loss over 69 nats) is
+    near the end of float32, so such a block's loss is taken from a log-softmax instead.
+    """
     total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
     rows = len(labels_T)
     if logits_TV.device.type == "cpu":
         rows = max(1, BLOCK_BYTES // (4 * logits_TV.shape[1]))
     for block_TV, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True):
-        scores = block_TV.float() if block_TV.dtype != torch.float32 else block_TV
+        scores = block_TV.float()
         if scale != 1.0:
-            scores = scores.mul_(scale)
+            scores = scores * scale
         index = labels.unsqueeze(1)
-        top = scores.amax(1, keepdim=True)
-        scores.sub_(top)
-        picked = scores.gather(1, index)
-        scores.exp_()
-        mass = scores.sum(1, keepdim=True)
-        total += (mass.log() - picked).sum(dtype=torch.float64)
+        shares = torch.softmax(scores, 1)
+        picked = shares.gather(1, index)
+        if bool((picked < SMALLEST_SHARE).any()):
+            total += F.cross_entropy(scores, labels, reduction="none").sum(dtype=torch.float64)
+        else:
+            total -= picked.log().sum(dtype=torch.float64)
         if gradient:
-            scores.div_(mass)
-            scores.scatter_add_(1, index, torch.full_like(picked, -1.0))
-            if scale != 1.0:
-                scores.mul_(scale)
-            if scores is not block_TV:
-                block_TV.copy_(scores)
+            shares.scatter_add_(1, index, torch.full_like(picked, -1.0))
+            block_TV.copy_(shares if scale == 1.0 else shares.mul_(scale))
     return total
