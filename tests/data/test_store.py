@@ -174,6 +174,18 @@ def test_a_cut_answer_has_no_end_token_and_is_not_learned(tmp_path: Path, policy
     assert learned(store, 1) == ["短</s>"]
 
 
+def test_a_cut_answer_has_no_part_of_a_spelled_end_mark(tmp_path: Path) -> None:
+    rows = [{"instruction": "问", "output": "a" * n} for n in range(1, 60)]
+    whole, _ = build(tmp_path, rows, "chatml")  # the tokenizer spells <|im_end|> in several tokens
+    limit = int(np.median(whole.lengths))
+    store, report = build(tmp_path, rows, "chatml", max_seq_len=limit, overlong="split", learn_cut_answers=True)
+    said = [learned(store, index)[0] for index in range(len(store))]
+    fits = int((whole.lengths <= limit).sum())
+    assert report.split == 59 - fits
+    assert sum(one.endswith("a<|im_end|>") for one in said) == fits
+    assert sum(set(one) == {"a"} for one in said) == 59 - fits
+
+
 def test_split_cuts_a_dialogue_between_turns(tmp_path: Path) -> None:
     turns = [part for n in range(6) for part in (f"问{n}", f"答{n}")]
     store, report = build(tmp_path, [dialogue(*turns)], max_seq_len=70, overlong="split")
