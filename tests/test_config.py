@@ -247,8 +247,14 @@ def test_words_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     odd = write(Path("a=b.yaml"), "seed: 1\n")
     assert sort_words(["a=b.yaml", "seed=2", "domain-bloom"]) == ([odd], ["seed=2", "recipe=domain-bloom"])
-    with pytest.raises(ConfigError, match=r"no\.yaml"):
-        sort_words(["no.yaml"])
+    for word, says in (
+        ("no.yaml", "no such config file\nno.yaml"),
+        ("domain-blom", "did you mean domain-bloom?"),
+        ("qqq", "recipes: alpaca-full, "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            sort_words([word])
+        assert says in str(caught.value)
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

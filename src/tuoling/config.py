@@ -92,17 +92,21 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif word in recipe_names():
             overrides.append(f"recipe={word}")
         else:
-            raise ConfigError(
-                tr(
-                    f"not a file, not a key=value, not a recipe: {word}",
-                    f"既不是文件，也不是 key=value 或配方名：{word}",
-                ),
-                remedy=tr(
-                    f"give a config file that exists, or one of the recipes: {', '.join(recipe_names())}",
-                    f"请给出存在的配置文件，或以下配方之一：{'、'.join(recipe_names())}",
-                ),
-            )
+            raise _no_such_word(word)
     return files, overrides
+
+
+def _no_such_word(word: str) -> ConfigError:
+    names = recipe_names()
+    if Path(word).suffix.lower() in (".yaml", ".yml", ".json", ".jsonc") or "/" in word:
+        return ConfigError(tr("no such config file", "没有这个配置文件"), where=word)
+    return ConfigError(
+        tr(
+            f"not a file, not a key=value, not a recipe: {word}",
+            f"既不是文件，也不是 key=value 或配方名：{word}",
+        ),
+        remedy=nearest(word, names) or tr(f"recipes: {', '.join(names)}", f"可用的配方：{'、'.join(names)}"),
+    )
 
 
 def load_config(
