@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tuoling.kernels.loss import linear_cross_entropy, reference_cross_entropy, supervised
+
+
+def draw(rows: int, width: int, words: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> tuple:
+    generator = torch.Generator().manual_seed(rows * words)
+    hidden = (torch.randn(rows, width, generator=generator) * spread).to(dtype).requires_grad_()
+    weight = torch.randn(words, width, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(words, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(0, words, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("rows, width, words", [(47, 31, 123), (1, 8, 2), (130, 16, 1001)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**28])
+@pytest.mark.parametrize("scale", [1.0, 0.0625])
+def test_equals_float64(
+    rows: int, width: int, words: int, with_bias: bool, chunk_bytes: int, scale: float
+) -> None:
+    hidden, weight, bias, labels = draw(rows, width, words)
+    given = bias if with_bias else None
+    total, count = linear_cross_entropy(hidden, weight, labels, given, scale=scale, chunk_bytes=chunk_bytes)
+    assert count == rows
+    expected = reference_cross_entropy(hidden, weight, labels, given, scale=scale)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    inputs = [hidden, weight] + ([bias] if with_bias else [])
+    ours = torch.autograd.grad(total * 0.7, inputs)
+    theirs = torch.autograd.grad(expected * 0.7, inputs)
+    for mine, true in zip(ours, theirs, strict=True):
+        assert (mine.double() - true.double()).norm() <= 2e-6 * true.double().norm()
+
+
+def test_a_word_that_is_nearly_impossible_still_has_its_loss() -> None:
+    hidden = torch.tensor([[200.0], [1.0]])
+    weight = torch.tensor([[1.0], [0.0], [0.5]])
+    total, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 1]))
+    expected = reference_cross_entropy(hidden, weight, torch.tensor([1, 1]))
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6) and total.item() > 200
+
+
+def test_nothing_learned_is_a_zero_that_reaches_both_inputs() -> None:
+    hidden, weight, bias, _ = draw(3, 4, 5)
+    labels = torch.full((3,), -100)
+    where = supervised(labels)
+    total, count = linear_cross_entropy(hidden[where], weight, labels[where], bias)
+    total.backward()
+    assert (total.item(), count) == (0.0, 0)
+    assert not hidden.grad.any() and not weight.grad.any() and not bias.grad.any()
+
+
+def test_a_frozen_head_costs_no_gradient() -> None:
+    hidden, weight, _, labels = draw(6, 4, 50)
+    weight = weight.detach()
+    total, _ = linear_cross_entropy(hidden, weight, labels)
+    total.backward()
+    assert weight.grad is None and hidden.grad.any()
+
+
+def test_bf16_sums_in_float32() -> None:
+    """Logits and their gradient are rounded to bf16 as F.linear rounds them; the head's gradient once a chunk."""
+    hidden, weight, _, labels = draw(64, 32, 3000, torch.bfloat16, spread=0.3)
+    total, _ = linear_cross_entropy(hidden, weight, labels, chunk_bytes=120_000)
+    expected = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    total.backward()
+    true = torch.autograd.grad(reference_cross_entropy(hidden, weight, labels), [hidden, weight])
+    stock = torch.autograd.grad(expected, [hidden, weight])
+    for mine, exact, theirs in zip((hidden.grad, weight.grad), true, stock, strict=True):
+        error, allowed = (mine.double() - exact.double()).norm(), (theirs.double() - exact.double()).norm()
+        assert error <= 1.5 * allowed
+
+
+def test_autocast_casts_as_linear_would_and_keeps_float32_gradients() -> None:
+    hidden, weight, bias, labels = draw(20, 16, 300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = linear_cross_entropy(hidden, weight, labels, bias)
+        expected = F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    total.backward()
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+
+
+def test_no_logits_are_kept() -> None:
+    hidden, weight, _, labels = draw(40, 8, 5000)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(hidden, weight, labels, chunk_bytes=1000)
+    assert sum(kept) < 5000
+
+
+def test_backward_twice_is_refused() -> None:
+    hidden, weight, _, labels = draw(4, 4, 9)
+    total, _ = linear_cross_entropy(hidden, weight, labels)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
