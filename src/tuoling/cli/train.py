@@ -37,7 +37,7 @@ HELP = tr(
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CONFIG]... [KEY=VALUE]...",
+        metavar="CONFIG|KEY=VALUE",
         help=tr("config files, and keys to set", "配置文件，以及要设置的键"),
         show_default=False,
     ),
