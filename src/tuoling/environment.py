@@ -46,6 +46,11 @@ def modelscope_endpoint() -> str | None:
     wanted = os.environ.get("TUOLING_HUB", "").lower() == "modelscope"
     if not wanted and os.environ.get("USE_MODELSCOPE_HUB", "").lower() not in ("1", "true", "yes"):
         return None
+    return modelscope_address()
+
+
+def modelscope_address() -> str:
+    """`MODELSCOPE_ENDPOINT`, else ModelScope's own address."""
     return (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
 
 
