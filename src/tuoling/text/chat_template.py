@@ -62,6 +62,10 @@ class ChatTemplate:
         """Hash of the chat template's text."""
         return sha256_text("tokenizer:" + (self._tokenizer.chat_template or ""))
 
+    def to_jinja(self, tokenizer: TextTokenizer) -> str | None:
+        """The chat template as it came."""
+        return tokenizer.chat_template
+
     def render(
         self, conversation: Conversation, *, learn: Learn = "all", train_on_inputs: bool = False
     ) -> list[Segment]:

@@ -20,12 +20,15 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tuoling.errors import TemplateError
 from tuoling.files import sha256_text
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Turn
+
+if TYPE_CHECKING:
+    from tuoling.text.tokenizer import TextTokenizer
 
 Learn = Literal["all", "last"]
 Kind = Literal["text", "bos", "start", "eos", "token"]
@@ -82,7 +85,7 @@ class Forms:
     """Each form is tokenised by itself (LLaMA-Factory)."""
 
 
-_MARK = re.compile(r"\{(bos|start|eos|system|user|context|reply|history|round|token:[^}]+)\}")
+MARK = re.compile(r"\{(bos|start|eos|system|user|context|reply|history|round|token:[^}]+)\}")
 _TOKENS: dict[str, Kind] = {"bos": "bos", "start": "start", "eos": "eos"}
 
 
@@ -101,7 +104,7 @@ class Form:
 
     def __init__(self, text: str, *, reply: bool = False, slots: bool = False) -> None:
         items: list[Item] = []
-        for index, piece in enumerate(_MARK.split(text)):
+        for index, piece in enumerate(MARK.split(text)):
             # LLaMA-Factory's slots: every stretch of text that follows no text is a text of its own
             fresh = slots and (not items or (isinstance(items[-1], Segment) and items[-1].kind != "text"))
             if index % 2 == 0:
@@ -160,6 +163,14 @@ class FormTemplate:
     def fingerprint(self) -> str:
         """Hash of the template's bytes: part of the key of a token store."""
         return sha256_text(json.dumps(asdict(self.forms), ensure_ascii=False, sort_keys=True))
+
+    def to_jinja(self, tokenizer: TextTokenizer) -> str | None:
+        """The same format as a jinja chat template; None where it cannot be written as one."""
+        from tuoling.text.jinja import forms_to_jinja
+
+        bos = tokenizer.hf.bos_token or ""
+        start = bos if tokenizer.adds_bos else ""
+        return forms_to_jinja(self.forms, bos=bos, eos=tokenizer.hf.eos_token or "", start=start)
 
     def render(
         self, conversation: Conversation, *, learn: Learn = "all", train_on_inputs: bool = False

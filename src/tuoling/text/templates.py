@@ -50,6 +50,10 @@ class Template(Protocol):
         """Hash of the template's bytes."""
         ...
 
+    def to_jinja(self, tokenizer: TextTokenizer) -> str | None:
+        """The format as a jinja chat template for other tools; None where it cannot be written as one."""
+        ...
+
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_CONTEXT = (
