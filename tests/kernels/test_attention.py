@@ -87,6 +87,8 @@ def test_a_bias_is_a_strip_and_grows() -> None:
     assert small[0, 0].tolist()[0] == [-1.0, -0.5, 0.0, float("-inf"), float("-inf")]
     assert bias.strip(attention.QUERY_ROWS, 2048, like).shape == (1, 4, 512, 2048)
     assert torch.equal(bias.strip(3, 5, like), small)
+    far = bias.strip(1, 2048, like.bfloat16())
+    assert far.dtype == torch.float32 and far[0, :, 0, 0].tolist() == (-SLOPES * 2047).tolist()
 
 
 @pytest.mark.parametrize(

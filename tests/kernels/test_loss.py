@@ -61,18 +61,19 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     assert weight.grad is None and hidden.grad.any()
 
 
-def test_bf16_sums_in_float32() -> None:
+@pytest.mark.parametrize("chunk_bytes, allowed", [(2**28, 1.5), (120_000, 2.5)])
+def test_bf16_sums_in_float32(chunk_bytes: int, allowed: float) -> None:
     """Logits and their gradient are rounded to bf16 as F.linear rounds them; the head's gradient once a chunk."""
     hidden, weight, _, labels = draw(64, 32, 3000, torch.bfloat16, spread=0.3)
-    total, _ = linear_cross_entropy(hidden, weight, labels, chunk_bytes=120_000)
+    total, _ = linear_cross_entropy(hidden, weight, labels, chunk_bytes=chunk_bytes)
     expected = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     total.backward()
     true = torch.autograd.grad(reference_cross_entropy(hidden, weight, labels), [hidden, weight])
     stock = torch.autograd.grad(expected, [hidden, weight])
     for mine, exact, theirs in zip((hidden.grad, weight.grad), true, stock, strict=True):
-        error, allowed = (mine.double() - exact.double()).norm(), (theirs.double() - exact.double()).norm()
-        assert error <= 1.5 * allowed
+        error, stock_error = (mine.double() - exact.double()).norm(), (theirs.double() - exact.double()).norm()
+        assert error <= allowed * stock_error
 
 
 def test_autocast_casts_as_linear_would_and_keeps_float32_gradients() -> None:
