@@ -93,6 +93,6 @@ def build_stories260k(shared_data: Path, folder: Path) -> Path:
     pieces = vocabulary["pieces"]
     tokenizer = bpe_from_pieces(pieces, vocabulary["scores"], vocabulary["types"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": pieces[1], "eos_token": pieces[2], "unk_token": pieces[0]}
+    names = {"bos_token": pieces[1], "eos_token": pieces[2], "unk_token": pieces[0], "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     return folder

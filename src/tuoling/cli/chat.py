@@ -96,9 +96,22 @@ def command(
 ) -> None:
     from tuoling import console
     from tuoling.api import load
+    from tuoling.infer.engine import GenerationSettings
     from tuoling.infer.session import ChatSession
     from tuoling.infer.terminal import Terminal, pipe_reader, terminal_reader, warn_idle
 
+    values = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "seed": seed,
+    }
+    GenerationSettings().with_values(values)  # a bad value is said before a model is loaded
     with load(
         run_or_model,
         template=template,
@@ -108,17 +121,7 @@ def command(
         device=device,
         allow_remote_code=allow_remote_code,
     ) as model:
-        settings = model.settings(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            num_beams=num_beams,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            seed=seed,
-        )
+        settings = model.settings(**values)
         session = ChatSession(
             model.engine, settings, system=system, memory_tokens=memory_tokens, say=console.note
         )

@@ -82,7 +82,21 @@ def command(
     from tuoling.api import load
     from tuoling.data.sources import parse_columns, resolve_sources
     from tuoling.files import require_writable
+    from tuoling.infer.engine import GenerationSettings
 
+    values = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "seed": seed,
+    }
+    GenerationSettings().with_values(values)  # a bad value is said before a model is loaded
     place = out or _beside(run_or_model)
     renamed = parse_columns(columns)
     resolve_sources(data, format=format, columns=renamed)  # what is missing is said before a model is loaded
@@ -102,16 +116,7 @@ def command(
             batch_size=batch_size,
             format=format,
             columns=renamed,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            num_beams=num_beams,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            seed=seed,
+            **values,
         )
     _tell(report, place)
     if as_json:

@@ -80,8 +80,7 @@ def fetch(
     again:   ask the hub and verify every file, even where the cache was whole.
     Raises ModelError where the id is unknown, the hub cannot be reached, or a checksum is wrong.
     """
-    endpoint = environment.modelscope_endpoint()
-    if source == "modelscope" or (source is None and endpoint):
+    if source == "modelscope" or (source is None and environment.modelscope_endpoint()):
         from tuoling.models.modelscope import fetch_modelscope
 
         return fetch_modelscope(model_id, revision=revision, to=to, weights=weights, again=again)

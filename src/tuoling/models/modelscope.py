@@ -14,7 +14,6 @@ from tuoling.errors import ModelError, OutputError
 from tuoling.language import tr
 from tuoling.models.hub import RemoteFile, choose_files, is_verified, mark_verified, verify
 
-DEFAULT_ENDPOINT = "https://modelscope.cn"
 DEFAULT_REVISION = "master"
 TIMEOUT_S = 30.0
 RETRIES = 3
@@ -34,7 +33,7 @@ def fetch_modelscope(
     folder = to or environment.cache_dir() / "modelscope" / model_id / revision
     if not again and to is None and is_verified(folder, weights=weights):
         return folder
-    endpoint = environment.modelscope_endpoint() or DEFAULT_ENDPOINT
+    endpoint = environment.modelscope_address()
     files = choose_files(_list_files(endpoint, model_id, revision), weights=weights)
     if not files:
         raise ModelError(tr("the repository holds no model files", "该仓库里没有模型文件"), where=model_id)

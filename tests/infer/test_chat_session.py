@@ -1,0 +1,194 @@
+"""A talk in the terminal, with an engine that says what it was asked."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from tuoling.infer.engine import GenerationSettings, Piece, Reply, Score
+from tuoling.infer.session import ChatSession
+from tuoling.infer.terminal import Terminal, pipe_reader
+from tuoling.text.conversation import Conversation
+from tuoling.text.templates import get_template
+
+
+class ParrotEngine:
+    """Streams "<number of turns>:<question>" letter by letter. A turn is ten tokens."""
+
+    name = "parrot"
+    fingerprint = ""
+
+    def __init__(self, *, context_tokens: int | None = None) -> None:
+        self.template = get_template("domain_bloom")
+        self.defaults = GenerationSettings(max_new_tokens=10)
+        self.system: str | None = None
+        self.context_tokens = context_tokens
+        self.asked: list[Conversation] = []
+        self.cancelled = False
+
+    def prompt_text(self, conversation: Conversation) -> str:
+        return ""
+
+    def count_tokens(self, conversation: Conversation) -> int:
+        return 10 * len(conversation.turns)
+
+    def stream(
+        self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
+    ) -> Iterator[Piece]:
+        self.asked.append(conversation)
+        text = f"{len(conversation.turns)}:{conversation.turns[-1].text}"
+        try:
+            for letter in text:
+                yield Piece(letter)
+        finally:
+            self.cancelled = cancel is not None and cancel.is_set()
+        reason = "length" if settings.max_new_tokens == 1 else "stop"
+        yield Piece("", Reply(text, (), reason, 1, len(text)))  # type: ignore[arg-type]
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        settings: GenerationSettings,
+        *,
+        cancel: Event | None = None,
+    ) -> list[Reply]:
+        raise NotImplementedError
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Score]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class Screen(io.StringIO):
+    """Someone presses Ctrl-C when the letter `at` has been shown."""
+
+    def __init__(self, at: str = "") -> None:
+        super().__init__()
+        self._at = at
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if text and text == self._at:
+            raise KeyboardInterrupt
+        return len(text)
+
+
+def talk(
+    engine: ParrotEngine, lines: str, *, interactive: bool = False, ctrl_c_at: str = ""
+) -> tuple[str, int, ChatSession]:
+    out = Screen(ctrl_c_at)
+    notes: list[str] = []
+    session = ChatSession(engine, engine.defaults, say=notes.append)
+    session.notes = notes  # type: ignore[attr-defined]
+    code = Terminal(
+        session, read_line=pipe_reader(io.StringIO(lines)), out=out, interactive=interactive
+    ).run()
+    return out.getvalue(), code, session
+
+
+def test_turns_add_up_and_answers_stand_on_lines_of_their_own() -> None:
+    out, code, session = talk(ParrotEngine(), "你好\n\n再见\r\n")
+    assert (out, code, session.turns) == ("1:你好\n3:再见\n", 0, 2)
+
+
+def test_new_undo_retry_system_and_exit() -> None:
+    engine = ParrotEngine()
+    out, code, _ = talk(
+        engine, "甲\n乙\n/undo\n丙\n/retry\n/new\n丁\n/system 你是驼铃\n戊\n/system\n己\n/exit\n庚\n"
+    )
+    assert out.splitlines() == ["1:甲", "3:乙", "3:丙", "3:丙", "1:丁", "4:戊", "5:己"]
+    assert code == 0 and engine.asked[5].system == "你是驼铃" and engine.asked[6].system is None
+
+
+def test_settings() -> None:
+    _, code, session = talk(ParrotEngine(), "/set temperature=0.5\n/set max_new_tokens = 7\n/set\n")
+    assert (session.settings.temperature, session.settings.max_new_tokens, code) == (0.5, 7, 0)
+    assert session.settings.samples
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/set top_p=7", "top_p=7.0 is out of range"),
+        ("/set warmth=1", "no setting is called warmth"),
+        ("/set hot", "is not key=value"),
+        ("/retry", "nothing to answer again"),
+        ("/undo", "nothing to take back"),
+        ("/save", "name a file"),
+        ("/save /proc/no/such.jsonl", "nothing to save yet"),
+        ("/dance", "no such command: /dance"),
+    ],
+)
+def test_mistakes_are_said_and_the_talk_goes_on(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, code, _ = talk(ParrotEngine(), f"{line}\n好\n")
+    assert said in capsys.readouterr().err
+    assert (out, code) == ("1:好\n", 1)
+    assert talk(ParrotEngine(), f"{line}\n好\n", interactive=True)[1] == 0
+
+
+def test_save_appends_rows_that_can_be_trained_on(tmp_path: Path) -> None:
+    from tuoling.data.read import read_rows
+    from tuoling.data.sources import resolve_sources
+
+    file = tmp_path / "deep" / "chat.jsonl"
+    talk(ParrotEngine(), f"/system 短\n甲\n/save {file}\n乙\n/save {file}\n")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["messages"] == [
+        {"role": "system", "content": "短"},
+        {"role": "user", "content": "甲"},
+        {"role": "assistant", "content": "2:甲"},
+    ]
+    good = [row for source in resolve_sources([str(file)]) for row in read_rows(source)]
+    assert [len(row.conversation.turns) for row in good if row.conversation and not row.problems] == [3, 5]
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ParrotEngine()
+    out, code, session = talk(engine, "你好吗\n", ctrl_c_at="你")
+    assert out == "1:你\n" and code == 0
+    assert engine.cancelled and "(stopped)" in capsys.readouterr().err
+    assert session.conversation().turns[1].text == "1:你", "what was said stays in the talk"
+
+
+def test_ctrl_c_at_the_prompt_and_ctrl_d() -> None:
+    lines: Iterator[object] = iter([KeyboardInterrupt(), "好", None])
+
+    def read() -> str | None:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line  # type: ignore[return-value]
+
+    out = io.StringIO()
+    engine = ParrotEngine()
+    terminal = Terminal(ChatSession(engine, engine.defaults), read_line=read, out=out, interactive=True)
+    assert terminal.run() == 0 and out.getvalue() == "1:好\n"
+
+
+def test_a_full_context_drops_the_oldest_exchanges_and_says_so_once_each() -> None:
+    engine = ParrotEngine(context_tokens=45)  # ten of them for the answer: three turns fit
+    out, _, session = talk(engine, "一\n二\n三\n四\n")
+    assert out.splitlines() == ["1:一", "3:二", "3:三", "3:四"]
+    assert [turn.text for turn in engine.asked[3].turns] == ["三", "3:三", "四"]
+    assert session.turns == 4, "the talk itself is whole"
+    notes = session.notes  # type: ignore[attr-defined]
+    assert ["oldest 1 " in notes[0], "oldest 2 " in notes[1], len(notes)] == [True, True, 2]
+
+
+def test_a_question_too_long_is_an_error_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    out, code, session = talk(ParrotEngine(context_tokens=12), "好\n")
+    assert (out, code, session.turns) == ("", 1, 0)
+    assert "room for 6" in capsys.readouterr().err
+
+
+def test_an_answer_that_was_cut_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(ParrotEngine(), "/set max_new_tokens=1\n好\n")
+    assert "cut after 3 tokens" in capsys.readouterr().err
