@@ -84,7 +84,9 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
     ("keep", "best", "left"),
     [(None, None, [1, 2, 3, 4]), (2, None, [3, 4]), (1, "checkpoint-2", [2, 4]), (9, None, [1, 2, 3, 4])],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int | None, best: str | None, left: list[int]) -> None:
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, keep: int | None, best: str | None, left: list[int]
+) -> None:
     model, optimizer = stepped()
     for step in (1, 2, 3, 4):
         save(tmp_path, step, model, optimizer)

@@ -61,14 +61,22 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path) -
     manifest = json.loads((result.path / "run.json").read_text())
     assert manifest["status"] == "finished" and manifest["template"]["id"] == "domain_bloom"
     assert [path.name for path in checkpoints(result.path)] == ["checkpoint-15"]
-    for name in ("adapter_model.safetensors", "adapter_config.json", "template.json", "tokenizer.json", "README.md"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "template.json",
+        "tokenizer.json",
+        "README.md",
+    ):
         assert (result.path / name).is_file(), name
     state = json.loads((result.path / "trainer_state.json").read_text())
     assert state["global_step"] == 18
     assert {row["step"] for row in state["log_history"] if "eval_loss" in row} == {3, 6, 9, 12, 15, 18}
 
 
-def test_every_row_is_seen_once_an_epoch(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_seen_once_an_epoch(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     step = loop.train_step
 
@@ -123,7 +131,10 @@ def test_the_best_weights_are_kept(tmp_path: Path, bloom: Path, monkeypatch: pyt
     best = load_file(result.path / "checkpoint-6" / "adapter_model.safetensors")
     top = load_file(result.path / "adapter_model.safetensors")
     assert all(torch.equal(best[key], top[key]) for key in top)
-    assert json.loads((result.path / "trainer_state.json").read_text())["best_model_checkpoint"] == "checkpoint-6"
+    assert (
+        json.loads((result.path / "trainer_state.json").read_text())["best_model_checkpoint"]
+        == "checkpoint-6"
+    )
 
 
 def test_ctrl_c_saves(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +152,12 @@ def test_ctrl_c_saves(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((result.path / "run.json").read_text())["status"] == "interrupted"
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = loop.batch_loss
     calls = iter(range(100))
-    monkeypatch.setattr(
-        loop, "batch_loss", lambda *a: good(*a) * (math.nan if next(calls) == 2 else 1.0)
-    )
+    monkeypatch.setattr(loop, "batch_loss", lambda *a: good(*a) * (math.nan if next(calls) == 2 else 1.0))
     with pytest.raises(TrainingError, match=r"step 3 is nan"):
         run(tmp_path, bloom)
     saved = json.loads((tmp_path / "run" / "nonfinite_rows.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuoling import environment
-from tuoling.errors import MissingPackage, TrainingError
+from tuoling.errors import TrainingError
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def make_accelerator(
     }
     for name in trackers:
         if not installed[name]():
-            raise MissingPackage(name, extra="track", purpose=f"report_to={name}")
+            raise TrainingError(
+                tr(f"the tracker {name} is not installed", f"没有安装记录工具 {name}"),
+                where=f"report_to={name}",
+                remedy=f"pip install {name}",
+            )
     # accelerate keeps its precision in a singleton; a second run in one process may ask for another.
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()

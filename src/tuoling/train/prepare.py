@@ -217,10 +217,18 @@ def _store_notes(report: StoreReport) -> list[str]:
     formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
     lines = [tr(f"rows: {report.rows:,} ({formats})", f"数据：{report.rows:,} 条（{formats}）")]
     if report.bad:
-        lines.append(tr(f"{report.bad:,} bad rows left out: {report.ledger}", f"去掉 {report.bad:,} 条坏数据：{report.ledger}"))
+        lines.append(
+            tr(
+                f"{report.bad:,} bad rows left out: {report.ledger}",
+                f"去掉 {report.bad:,} 条坏数据：{report.ledger}",
+            )
+        )
     if report.dropped_overlong:
         lines.append(
-            tr(f"{report.dropped_overlong:,} over-long rows dropped", f"去掉 {report.dropped_overlong:,} 条超长数据")
+            tr(
+                f"{report.dropped_overlong:,} over-long rows dropped",
+                f"去掉 {report.dropped_overlong:,} 条超长数据",
+            )
         )
     if report.cut:
         lines.append(tr(f"{report.cut:,} prompts cut to fit", f"{report.cut:,} 条的提示被截短"))
