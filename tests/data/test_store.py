@@ -104,6 +104,25 @@ def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
     assert not report.reused and (again.path / "tokens.bin").read_bytes() == whole
 
 
+def test_two_processes_may_build_the_same_store(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", sum_rows(5))
+    given = {
+        "tokenizer": TOKENIZER,
+        "template": get_template("alpaca"),
+        "settings": StoreSettings(),
+        "cache_dir": tmp_path / "cache",
+    }
+    faster: list[TokenStore] = []
+
+    def other_process(_: int) -> None:
+        faster.append(compile_store([Source(str(file))], **given)[0])
+
+    store, report = compile_store([Source(str(file))], **given, progress=other_process)
+    assert store.path == faster[0].path and report.good == 5
+    assert store[4].input_ids.tolist() == faster[0][4].input_ids.tolist()
+    assert len(left_behind(tmp_path)) == 1
+
+
 def test_moved_file_is_reused_under_its_new_place(tmp_path: Path) -> None:
     build(tmp_path, sum_rows(5))
     moved = tmp_path / "moved.jsonl"
@@ -178,7 +197,9 @@ def test_a_cut_answer_has_no_part_of_a_spelled_end_mark(tmp_path: Path) -> None:
     rows = [{"instruction": "问", "output": "a" * n} for n in range(1, 60)]
     whole, _ = build(tmp_path, rows, "chatml")  # the tokenizer spells <|im_end|> in several tokens
     limit = int(np.median(whole.lengths))
-    store, report = build(tmp_path, rows, "chatml", max_seq_len=limit, overlong="split", learn_cut_answers=True)
+    store, report = build(
+        tmp_path, rows, "chatml", max_seq_len=limit, overlong="split", learn_cut_answers=True
+    )
     said = [learned(store, index)[0] for index in range(len(store))]
     fits = int((whole.lengths <= limit).sum())
     assert report.split == 59 - fits

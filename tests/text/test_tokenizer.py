@@ -185,3 +185,21 @@ def test_fingerprint_tells_tokenizers_apart() -> None:
     hf.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert TextTokenizer(hf).fingerprint() != first.fingerprint()
     json.loads(first._json)
+
+
+def test_a_slow_tokenizer_keeps_the_same_rules() -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = TextTokenizer(ByT5Tokenizer())
+    assert tokenizer._fast is None
+    conversation = Conversation((Turn("user", "你好</s>"), Turn("assistant", "好</s>的")))
+    for template in (TEMPLATES["alpaca"], TEMPLATES["belle_v2"], TEMPLATES["lf/default"]):
+        ids, spans = tokenizer.encode_segments(template.render(conversation))
+        prompt, _ = tokenizer.encode_segments(template.prompt(conversation.question))
+        assert ids[: len(prompt)] == prompt
+        (begin, end), end_tokens = spans[0], ids.count(tokenizer.eos_id)
+        assert end_tokens == (2 if template.id == "lf/default" else 1)
+        assert tokenizer.decode(ids[begin : end - 1]) == "好</s>的" and ids[end - 1] == tokenizer.eos_id
+        stream = StreamDecoder(tokenizer)
+        said = [*(stream.push(token) for token in ids), stream.flush()]
+        assert "".join(said) == tokenizer.decode(ids) and not any("\ufffd" in piece for piece in said)

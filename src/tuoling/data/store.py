@@ -25,9 +25,10 @@ from tuoling.data.overlong import Encoded, Fitter, learnable, overlong_error, sp
 from tuoling.data.read import is_trained, read_rows
 from tuoling.data.row import UNKNOWN, Problem, Row
 from tuoling.data.sources import Source
-from tuoling.data.token_store import META, Example, StoreWriter, TokenStore, open_store
-from tuoling.errors import DataError, TemplateError
-from tuoling.files import atomic_folder, atomic_write, read_json, sha256_file, sha256_text
+from tuoling.data.store_key import key_parts, what_changed
+from tuoling.data.token_store import Example, StoreWriter, TokenStore, open_store
+from tuoling.errors import DataError, OutputError, TemplateError
+from tuoling.files import atomic_folder, atomic_write, sha256_text
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation
 from tuoling.text.render import Segment
@@ -38,7 +39,6 @@ __all__ = ["Example", "StoreReport", "StoreSettings", "TokenStore", "compile_sto
 
 BATCH_ROWS = 512
 _SHOWN = 5
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -120,64 +120,21 @@ def compile_store(
         report.reused = True
         report.ledger = ledger if report.bad and ledger.exists() else None
     else:
-        changed = _what_changed(cache_dir, parts)
+        changed = what_changed(cache_dir, parts)
         if folder.exists():
             shutil.rmtree(folder)
-        with atomic_folder(folder) as building:
-            compiler = _Compiler(sources, tokenizer, template, settings, ledger)
-            report = compiler.run(building, {"key": key, "parts": parts, "paths": paths}, progress)
+        compiler = _Compiler(sources, tokenizer, template, settings, ledger)
+        try:
+            with atomic_folder(folder) as building:
+                compiler.run(building, {"key": key, "parts": parts, "paths": paths}, progress)
+        except OutputError:
+            if open_store(folder, key=key, paths=paths) is None:  # else another process was faster
+                raise
+        report = compiler.report
         report.changed = changed
         store = TokenStore(folder, paths)
     report.seconds = time.monotonic() - started
     return store, report
-
-
-def key_parts(
-    sources: Sequence[Source], *, tokenizer: TextTokenizer, template: Template, settings: StoreSettings
-) -> dict[str, str]:
-    """Hashes of everything that decides a store's bytes, by name. A file's path is not among them."""
-    reading = []
-    for source in sources:
-        how = {key: value for key, value in vars(source).items() if key not in ("path", "skipped")}
-        reading.append(json.dumps(how, sort_keys=True, default=_plain))
-    files = [source.path if source.hub is not None else sha256_file(_existing(source)) for source in sources]
-    code = [
-        path.read_text(encoding="utf-8")
-        for folder in ("text", "data")
-        for path in sorted((_PACKAGE / folder).rglob("*.py"))
-    ]
-    return {
-        "files": sha256_text("\n".join(files)),
-        "reading": sha256_text("\n".join(reading)),
-        "template": f"{template.id} {template.fingerprint()}",
-        "tokenizer": tokenizer.fingerprint(),
-        "settings": json.dumps(asdict(settings), sort_keys=True),
-        "code": sha256_text("\n".join(code)),
-    }
-
-
-def _existing(source: Source) -> str:
-    if not Path(source.path).is_file():
-        raise DataError(tr("no such file", "没有这个文件"), where=source.path)
-    return source.path
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else dict(value)
-
-
-def _what_changed(cache_dir: Path, parts: dict[str, str]) -> tuple[str, ...]:
-    """The parts in which the most alike of the newest stores differs; () if nothing is alike."""
-    metas = sorted(cache_dir.glob(f"*/{META}"), key=lambda path: path.stat().st_mtime)[-20:]
-    best: tuple[str, ...] = tuple(parts)
-    for path in metas:
-        try:
-            other = read_json(path)["parts"]
-        except (DataError, KeyError, TypeError):
-            continue
-        differ = tuple(name for name in parts if other.get(name) != parts[name])
-        best = min(best, differ, key=len)
-    return best if len(best) < len(parts) - 2 else ()
 
 
 @dataclass(slots=True)
@@ -205,7 +162,7 @@ class _Compiler:
         self._template = template
         self._settings = settings
         self._ledger = ledger
-        self._report = StoreReport()
+        self.report = StoreReport()
         self._lengths = array("i")
         self._first_bad: list[str] = []
         self._policy = settings.overlong
@@ -219,10 +176,10 @@ class _Compiler:
             learn_cut_answers=settings.learn_cut_answers,
         )
 
-    def run(self, folder: Path, meta: dict[str, Any], progress: Callable[[int], None] | None) -> StoreReport:
+    def run(self, folder: Path, meta: dict[str, Any], progress: Callable[[int], None] | None) -> None:
         """Compile everything into `folder`. Raises DataError; the ledger of bad rows is written either way."""
         writer = StoreWriter(folder)
-        report = self._report
+        report = self.report
         with ExitStack() as stack:
             stack.callback(writer.close)
             pool = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -246,7 +203,6 @@ class _Compiler:
             report.learned_tokens, report.max_len = writer.learned, writer.max_len
             self._judge()
             writer.finish({**meta, "examples": len(writer), "report": report.facts()})
-        return report
 
     def _batches(self) -> Iterator[tuple[list[_Waiting], list[list[Segment]]]]:
         """Good rows, rendered, some hundred at a time. Counts all rows; bad ones go to the ledger."""
@@ -279,7 +235,7 @@ class _Compiler:
         )
 
     def _count(self, row: Row, source: Source) -> None:
-        report = self._report
+        report = self.report
         report.rows += 1
         report.flagged += bool(row.flags)
         report.formats[row.format] = report.formats.get(row.format, 0) + 1
@@ -305,7 +261,7 @@ class _Compiler:
         return (Problem("", "wrong_stage", message),)
 
     def _reject(self, row: Row, problems: Sequence[Problem]) -> None:
-        self._report.bad += 1
+        self.report.bad += 1
         for problem in problems or (
             Problem("", "no_conversation", tr("nothing to learn", "没有可学的内容")),
         ):
@@ -343,7 +299,7 @@ class _Compiler:
 
     def _fit(self, conversation: Conversation, ids: list[int]) -> list[Encoded]:
         """What the policy makes of a row that is too long; counts it."""
-        report, policy = self._report, self._policy
+        report, policy = self.report, self._policy
         fitted: list[Encoded] = []
         if policy == "cut_prompt":
             cut = self._fitter.cut_prompt(conversation)
@@ -361,7 +317,7 @@ class _Compiler:
 
     def _judge(self) -> None:
         """Raise DataError if what was read must not be trained on."""
-        report, settings = self._report, self._settings
+        report, settings = self.report, self._settings
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
         if not report.rows:
             raise DataError(

@@ -38,7 +38,7 @@ class TokenStore:
         self._offsets = np.fromfile(path / "offsets.bin", dtype=np.int64)
         self._spans = np.memmap(path / "spans.bin", dtype=np.int32, mode="r").reshape(-1, 2)
         self._span_offsets = np.fromfile(path / "span_offsets.bin", dtype=np.int64)
-        self._files = np.fromfile(path / "files.bin", dtype=np.uint16)
+        self._files = np.fromfile(path / "files.bin", dtype=np.uint32)
         self._lines = np.fromfile(path / "lines.bin", dtype=np.uint32)
         self.lengths = np.diff(self._offsets).astype(np.int32)
         """int32 [N]: tokens of each example."""
@@ -71,7 +71,7 @@ class StoreWriter:
         self._spans = array("i")
         self._offsets = array("q", [0])
         self._span_offsets = array("q", [0])
-        self._files = array("H")
+        self._files = array("I")
         self._lines = array("I")
         self._learned = array("i")
         self._token_file = (folder / "tokens.bin").open("wb")

@@ -3,6 +3,7 @@
 Two rules that plain `tokenizer(text)` does not keep:
 
 - Special tokens count only where the template wrote them. `<|im_end|>` or `</s>` typed into a row is text.
+  (Added tokens that are not special, such as `<think>`, are words like any other.)
 - No spaces out of nothing. Sentencepiece-like tokenizers put a word mark (a space) in front of every text they
   are given. Here only the first text of an example and the text after a begin token get it; text after another
   special token follows the tokenizer's own habit; an answer that continues its prompt never gets it.
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from tuoling.errors import ModelError
 from tuoling.files import sha256_text
 from tuoling.language import tr
+from tuoling.text.stream import StreamDecoder
 
 if TYPE_CHECKING:
     import tokenizers
 
     from tuoling.text.render import Segment
+
+__all__ = ["Encoded", "Span", "StreamDecoder", "TextTokenizer"]
 
 Span = tuple[int, int]
 Encoded = tuple[list[int], list[Span]]
@@ -285,48 +289,6 @@ class TextTokenizer:
         if self._fast is not None:
             return self._fast.decode(ids, skip_special_tokens=not keep_special)
         return self.hf.decode(ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False)
-
-
-class StreamDecoder:
-    """Text of a growing list of ids, never half a character. Each push decodes a few ids, not all of them."""
-
-    # A character has at most four bytes, so more tokens than this that end in "\ufffd" hold invalid bytes
-    _LONGEST = 8
-
-    def __init__(self, tokenizer: TextTokenizer, *, keep_special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._keep_special = keep_special
-        self._window: list[int] = []
-        self._settled = 0
-        """How many ids of the window have been said; they stay as context for the next ones."""
-        self._said = ""
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.raw_decode(ids, keep_special=self._keep_special)
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this id; "" while a character is incomplete."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if text.endswith("\ufffd") and len(self._window) - self._settled < self._LONGEST:
-            return ""
-        return self._say(text)
-
-    def flush(self) -> str:
-        """The rest at the end: "\ufffd" for a character that never became whole."""
-        if len(self._window) == self._settled:
-            return ""
-        return self._say(self._decode(self._window))
-
-    def _say(self, text: str) -> str:
-        # An incomplete byte at the end can turn the whole run of byte tokens before it into "\ufffd"
-        new = text[len(self._said) :] if text.startswith(self._said) else "\ufffd"
-        if not new:
-            return ""
-        self._window = self._window[self._settled :]
-        self._settled = len(self._window)
-        self._said = self._decode(self._window)
-        return new
 
 
 _ID, _START, _INSIDE = 0, 1, 2
