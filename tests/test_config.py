@@ -261,3 +261,16 @@ def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="no such recipe: domain-blom") as caught:
         load_config([], ["recipe=domain-blom"])
     assert "domain-bloom" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize("word, value", [("5%", 0.05), ("1.5%", 0.015), ("0.05", 0.05)])
+def test_a_share_may_be_written_in_percent(word: str, value: float) -> None:
+    """The README and our own remedies write it so."""
+    config = load_config(overrides=[f"val_size={word}", f"allow_bad={word}", f"warmup_ratio={word}"]).config
+    assert (config.val_size, config.allow_bad, config.warmup_ratio) == pytest.approx((value,) * 3, rel=1e-12)
+
+
+def test_a_hundred_percent_is_refused() -> None:
+    """As a number it would be 1, which means one row."""
+    with pytest.raises(ConfigError, match="val_size=100%"):
+        load_config(overrides=["val_size=100%"])

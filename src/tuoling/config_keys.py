@@ -24,6 +24,13 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _percent(value: Any) -> Any:
+    """`5%` is 0.05. From 100 % on it stays a text, which is an error: 1 would be read as one row."""
+    if isinstance(value, str) and value.endswith("%") and value[:-1].replace(".", "", 1).isdigit():
+        return share if (share := float(value[:-1]) / 100) < 1 else value
+    return _not_bool(value)
+
+
 def _words(value: Any) -> Any:
     """A list may be written as one text with commas."""
     if isinstance(value, str):
@@ -46,6 +53,7 @@ def _dtype(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_not_bool)]
+Share = Annotated[float, BeforeValidator(_percent)]
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Files = Annotated[tuple[str, ...], BeforeValidator(_files)]
@@ -76,9 +84,9 @@ class RunConfig(BaseModel):
     """Names in `dataset_dir`/dataset_info.json."""
     eval_data: Files = ()
     eval_dataset: Words = ()
-    val_size: Annotated[Number, Field(ge=0)] = 0.0
+    val_size: Annotated[Share, Field(ge=0)] = 0.0
     """Held-out rows: below 1 a share, from 1 on a count."""
-    val_max_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    val_max_share: Annotated[Share, Field(gt=0, lt=1)] | None = None
     """Never hold out more than this share, whatever `val_size` says."""
     data_format: str | None = None
     columns: dict[str, str] | None = None
@@ -89,7 +97,7 @@ class RunConfig(BaseModel):
     learn: Literal["all", "last"] = "all"
     learn_cut_answers: bool = False
     train_on_inputs: bool = False
-    allow_bad: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    allow_bad: Annotated[Share, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be bad before the run is refused."""
 
     # adapter
@@ -111,7 +119,7 @@ class RunConfig(BaseModel):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
     """When given it decides instead of `warmup_ratio`."""
-    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    warmup_ratio: Annotated[Share, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
