@@ -218,6 +218,19 @@ def test_split_cuts_a_dialogue_between_turns(tmp_path: Path) -> None:
     assert all(text(store, index).startswith("Human: \n问") for index in range(len(store)))
 
 
+def test_split_counts_the_turns_it_leaves_out(tmp_path: Path) -> None:
+    turns = ["问0", "答0", "问1", "答" * 80, "问2", "答2"]
+    store, report = build(tmp_path, [dialogue(*turns)], max_seq_len=70, overlong="split")
+    assert [one for index in range(len(store)) for one in learned(store, index)] == ["答0</s>", "答2</s>"]
+    assert (report.split, report.left_out, report.dropped_overlong) == (1, 1, 0)
+
+
+def test_only_bad_rows_left_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row is left") as caught:
+        build(tmp_path, [{"instruction": "问", "output": ""}], allow_bad=1.0)
+    assert "rows.jsonl:1:output" in caught.value.problem
+
+
 def test_split_with_learn_last_keeps_the_end(tmp_path: Path) -> None:
     turns = [part for n in range(6) for part in (f"问{n}", f"答{n}")]
     store, _ = build(tmp_path, [dialogue(*turns)], max_seq_len=70, overlong="split", learn="last")

@@ -43,6 +43,8 @@ class Fitter:
         self._encode = encode
         self._learn_last = learn_last
         self._learn_cut_answers = learn_cut_answers
+        self.left_out = 0
+        """Questions with answers of split dialogues that were too long even alone."""
 
     def cut_prompt(self, conversation: Conversation) -> Encoded | None:
         """One example that fits, with its last answer whole; None if there is none."""
@@ -86,6 +88,8 @@ class Fitter:
             best = best or self._cut_answer((*system, *turns[start:stop]))
             if best:
                 out.append(best)
+            else:
+                self.left_out += 1
             start = stop
         return out
 

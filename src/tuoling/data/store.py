@@ -69,6 +69,8 @@ class StoreReport:
     dropped_overlong: int = 0
     cut: int = 0
     split: int = 0
+    left_out: int = 0
+    """Questions with answers of split dialogues that were too long even alone."""
     examples: int = 0
     tokens: int = 0
     learned_tokens: int = 0
@@ -312,6 +314,7 @@ class _Compiler:
                 fitted = self._fitter.split(conversation)
             report.split += bool(fitted)
         fitted = [encoded for encoded in fitted if encoded[1]]
+        report.left_out = self._fitter.left_out
         report.dropped_overlong += not fitted
         return fitted
 
@@ -342,6 +345,6 @@ class _Compiler:
         if over and (self._policy == "error" or not report.examples):
             raise overlong_error(lengths, settings.max_seq_len)
         if not report.examples:
-            raise DataError(
-                tr("no row is left to learn from", "没有剩下可学的样本"), where=str(self._sources[0].path)
-            )
+            problem = tr("no row is left to learn from", "没有剩下可学的样本")
+            listed = "\n".join(f"  {line}" for line in self._first_bad)
+            raise DataError(f"{problem}\n{listed}".rstrip(), where=str(self._sources[0].path))
