@@ -21,7 +21,7 @@ class FakeHub:
 
     lfs: names whose checksum is a SHA-256 (large files); the others have git's SHA-1. cut: name → bytes sent before
     the connection breaks, once. stall: name → bytes sent before the server waits for `release`, once.
-    spoil: names that are sent with their last byte changed.
+    spoil: names that are sent with their last byte changed. redirect: name → another hub that has the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,6 +31,8 @@ class FakeHub:
         self.spoil: set[str] = set()
         self.stall: dict[str, int] = {}
         self.release = threading.Event()
+        self.redirect: dict[str, str] = {}
+        self.tokens: list[str | None] = []
         self.fetched: list[tuple[str, str | None]] = []
         self.requests: list[str] = []
         self.url = ""
@@ -70,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, *, body: bool) -> None:
         url = urlparse(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
+        self.hub.tokens.append(self.headers.get("Authorization"))
         self.hub.requests.append(f"{self.command} {path}")
         ours = re.escape(MODEL_ID)
         if re.fullmatch(rf"/api/models/{ours}/tree/[^/]+", path):
@@ -108,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if not (hub.folder / name).is_file():
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            return
+        if body and name in hub.redirect:
+            self._json({}, 302, {"Location": hub.redirect[name] + self.path})
             return
         data = (hub.folder / name).read_bytes()
         if name in hub.spoil:

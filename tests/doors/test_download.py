@@ -69,16 +69,16 @@ def test_bad_calls(hub: FakeHub, words: tuple[str, ...], said: str, code: int) -
 def test_killed_midway_goes_on(hub: FakeHub, tmp_path: Path) -> None:
     """The first process is killed while the server holds back the rest of the file."""
     big = hub.folder / "model.safetensors"
-    big.write_bytes(os.urandom(24 << 20))  # huggingface_hub writes 10 MiB at a time
-    hub.stall[big.name] = 15 << 20
+    big.write_bytes(os.urandom(3 << 20))
+    hub.stall[big.name] = 2 << 20
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     words = [sys.executable, "-m", "tuoling", "download", MODEL_ID, "--to", str(tmp_path / "to")]
     started = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     parts: list[Path] = []
-    while time.monotonic() < deadline and not any(part.stat().st_size >= 10 << 20 for part in parts):
+    while time.monotonic() < deadline and not any(part.stat().st_size >= 1 << 20 for part in parts):
         time.sleep(0.02)
-        parts = list((tmp_path / "to").rglob("*.incomplete"))
+        parts = list((tmp_path / "to").rglob("*.part"))
     started.send_signal(signal.SIGKILL)
     started.wait()
     hub.release.set()

@@ -89,14 +89,13 @@ def test_only_config_and_tokenizer(hub: FakeHub) -> None:
     assert same_files(fetch(MODEL_ID), hub), "and the weights come when they are needed"
 
 
-def test_hugging_face_resumes_what_was_cut(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+@pytest.mark.parametrize("into_cache", [True, False])
+def test_hugging_face_resumes_what_was_cut(hub: FakeHub, tmp_path: Path, into_cache: bool) -> None:
     hub.cut["model.safetensors"] = 5000
-    assert same_files(fetch(MODEL_ID, to=tmp_path / "to"), hub)
+    folder = fetch(MODEL_ID, to=None if into_cache else tmp_path / "to")
+    assert same_files(folder, hub) and not list(folder.rglob("*.part*"))
     ranges = [asked for name, asked in hub.fetched if name == "model.safetensors"]
-    assert ranges[0] is None and ranges[1] == "bytes=5000-"
+    assert ranges == [None, "bytes=5000-"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -111,6 +110,17 @@ def test_hugging_face_wrong_checksum_is_removed(hub: FakeHub, name: str) -> None
     assert [n for n, _ in hub.fetched].count(name) == 2 and all(
         [n for n, _ in hub.fetched].count(other) == 1 for other in ("tokenizer.json",)
     )
+
+
+def test_tokens_stay_with_the_hub_and_off_its_cdn(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(hub.folder) as cdn:
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        hub.redirect = {"model.safetensors": cdn.url}
+        assert same_files(fetch(MODEL_ID, to=tmp_path / "to"), hub)
+        assert "model.safetensors" in {name for name, _ in cdn.fetched}
+        assert set(cdn.tokens) == {None} and "Bearer hf_secret" in hub.tokens
 
 
 def test_damage_in_the_cache_is_found_when_asked_again(hub: FakeHub) -> None:

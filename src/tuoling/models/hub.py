@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import urllib.parse
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from tuoling import console, environment
 from tuoling.errors import ModelError
 from tuoling.files import read_json, sha256_file, write_json
 from tuoling.language import tr
+from tuoling.models.transfer import TransferError, fetch_part
 
 HubName = Literal["hf", "modelscope"]
 
@@ -98,17 +100,17 @@ def _fetch_hf(model_id: str, *, revision: str | None, to: Path | None, weights: 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.hf_api import RepoFile
 
-    endpoint = environment.hub_endpoint()
-    api = HfApi(endpoint=endpoint)
+    api = HfApi(endpoint=environment.hub_endpoint())
     try:
-        entries = api.list_repo_tree(model_id, recursive=True, revision=revision)
+        commit = api.repo_info(model_id, revision=revision).sha
         files = [
             RemoteFile(e.path, e.size, e.lfs.sha256 if e.lfs else None, None if e.lfs else e.blob_id)
-            for e in entries
+            for e in api.list_repo_tree(model_id, recursive=True, revision=commit)
             if isinstance(e, RepoFile)
         ]
         wanted = _require_some(choose_files(files, weights=weights), model_id)
-        _announce(model_id, wanted, endpoint or "huggingface.co")
+        _announce(model_id, wanted, api.endpoint)
+        fresh = _fetch_large(api.endpoint, model_id, str(commit), wanted, to)
         folder = Path(
             api.snapshot_download(
                 model_id,
@@ -125,9 +127,47 @@ def _fetch_hf(model_id: str, *, revision: str | None, to: Path | None, weights: 
         OSError,
     ) as error:
         return _without_hub(model_id, cached, error, again=again)
-    verify(folder, wanted)
+    except TransferError as error:
+        return _without_hub(model_id, cached, error, again=True)
+    verify(folder, [file for file in wanted if file not in fresh])
     mark_verified(folder, weights=weights)
     return folder
+
+
+def _fetch_large(
+    endpoint: str, model_id: str, commit: str, files: list[RemoteFile], to: Path | None
+) -> list[RemoteFile]:
+    """Put large files where huggingface_hub looks first, resumed; its own download starts over after a kill.
+
+    Returns those that came and were verified now.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.file_download import repo_folder_name
+
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model_id, repo_type="model") / "blobs"
+    large = [file for file in files if file.sha256]
+    fresh = []
+    with console.progress() as bar:
+        task = bar.add_task(tr("MiB", "MiB"), total=sum(file.size_bytes for file in large) >> 20, detail="")
+        for file in large:
+            path = to / file.path if to is not None else blobs / str(file.sha256)
+            if path.is_file():
+                continue
+            part = path.with_name(path.name + ".part")
+            url = f"{endpoint}/{model_id}/resolve/{commit}/{urllib.parse.quote(file.path)}"
+            fetch_part(
+                url,
+                part,
+                file.size_bytes,
+                headers=headers,
+                came=lambda count: bar.update(task, advance=count / 2**20),
+            )
+            verify(part.parent, [replace(file, path=part.name)], name=file.path)
+            part.replace(path)
+            fresh.append(file)
+    return fresh
 
 
 def cached_snapshot(model_id: str, revision: str | None) -> Path | None:
@@ -190,10 +230,8 @@ def _announce(model_id: str, files: list[RemoteFile], host: str) -> None:
     )
 
 
-def verify(
-    folder: Path, files: Iterable[RemoteFile], *, on_bad: Callable[[Path], None] | None = None
-) -> None:
-    """Hash every file against what the hub says. A wrong one is removed and raises ModelError."""
+def verify(folder: Path, files: Iterable[RemoteFile], *, name: str | None = None) -> None:
+    """Hash every file against what the hub says. A wrong one is removed and raises ModelError (under `name`)."""
     for file in files:
         path = folder / file.path
         if file.sha256:
@@ -203,11 +241,11 @@ def verify(
         else:
             continue
         if got != want:
-            (on_bad or _remove)(path)
+            _remove(path)
             raise ModelError(
                 tr(
-                    f"{file.path} came with a wrong checksum and was removed",
-                    f"{file.path} 校验和不符，已删除",
+                    f"{name or file.path} came with a wrong checksum and was removed",
+                    f"{name or file.path} 校验和不符，已删除",
                 ),
                 where=str(path),
                 remedy=tr(

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from tuoling import console, environment
-from tuoling.errors import ModelError, OutputError
+from tuoling.errors import ModelError
 from tuoling.language import tr
 from tuoling.models.hub import RemoteFile, choose_files, is_verified, mark_verified, verify
+from tuoling.models.transfer import TransferError, fetch_part, open_url
 
 DEFAULT_REVISION = "master"
-TIMEOUT_S = 30.0
-RETRIES = 3
-_BLOCK = 1 << 20
 
 
 def fetch_modelscope(
@@ -50,19 +47,16 @@ def fetch_modelscope(
     return folder
 
 
-def _request(url: str, headers: dict[str, str] | None = None) -> urllib.request.Request:
-    sent = {"User-Agent": "tuoling", **(headers or {})}
+def _token() -> dict[str, str]:
     token = environment.secret("MODELSCOPE_API_TOKEN")
-    if token:
-        sent["Authorization"] = f"Bearer {token}"
-    return urllib.request.Request(url, headers=sent)
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _list_files(endpoint: str, model_id: str, revision: str) -> list[RemoteFile]:
     query = urllib.parse.urlencode({"Revision": revision, "Recursive": "True"})
     url = f"{endpoint}/api/v1/models/{urllib.parse.quote(model_id)}/repo/files?{query}"
     try:
-        with urllib.request.urlopen(_request(url), timeout=TIMEOUT_S) as response:
+        with open_url(url, _token()) as response:
             body: Any = json.load(response)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
@@ -97,40 +91,11 @@ def _fetch_file(endpoint: str, model_id: str, revision: str, file: RemoteFile, f
     query = urllib.parse.urlencode({"Revision": revision, "FilePath": file.path})
     url = f"{endpoint}/api/v1/models/{urllib.parse.quote(model_id)}/repo?{query}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            tr(f"cannot write: {error.strerror}", f"无法写入：{error.strerror}"), where=str(path)
-        ) from error
-    last: Exception | None = None
-    for _ in range(RETRIES):
-        try:
-            _append(url, part, file.size_bytes)
-        except (OSError, urllib.error.URLError) as error:
-            last = error
-            continue
-        if part.stat().st_size >= file.size_bytes:
-            break
-    if not part.is_file() or part.stat().st_size < file.size_bytes:
-        raise _unreachable(f"{model_id}/{file.path}", last or OSError("the connection closed early"))
-    verify(folder, [RemoteFile(file.path + ".part", file.size_bytes, file.sha256)])
+        fetch_part(url, part, file.size_bytes, headers=_token())
+    except TransferError as error:
+        raise _unreachable(f"{model_id}/{file.path}", error) from error
+    verify(folder, [RemoteFile(file.path + ".part", file.size_bytes, file.sha256)], name=file.path)
     part.replace(path)
-
-
-def _append(url: str, part: Path, size_bytes: int) -> None:
-    """Fetch what is missing behind the end of `part`; start over where the server ignores Range."""
-    have = part.stat().st_size if part.is_file() else 0
-    if have > size_bytes:
-        part.unlink()
-        have = 0
-    if have == size_bytes and part.is_file():
-        return
-    headers = {"Range": f"bytes={have}-"} if have else None
-    with urllib.request.urlopen(_request(url, headers), timeout=TIMEOUT_S) as response:
-        mode = "ab" if response.status == 206 else "wb"
-        with part.open(mode) as out:
-            while block := response.read(_BLOCK):
-                out.write(block)
 
 
 def _unknown(model_id: str, revision: str) -> ModelError:

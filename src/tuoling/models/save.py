@@ -157,9 +157,7 @@ def _save_beside(
         write_json(folder / TEMPLATE_FILE, dict(template))
 
 
-def generation_defaults(
-    model: Any, tokenizer: TextTokenizer, stops: Iterable[str]
-) -> dict[str, Any]:
+def generation_defaults(model: Any, tokenizer: TextTokenizer, stops: Iterable[str]) -> dict[str, Any]:
     """generation_config.json: the model's own settings, with every stop that is one token."""
     settings = {} if model.generation_config is None else model.generation_config.to_diff_dict()
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
