@@ -1,0 +1,418 @@
+"""Writes docs/config.md (Chinese) and docs/config.en.md (English): every key of a run, from the config itself.
+
+Types, ranges and defaults are read from RunConfig, other names from foreign_keys; only the meanings stand here.
+Run `python docs/make_config.py` after changing a key; a test fails while a meaning is missing or a page is stale.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from tuoling import foreign_keys
+from tuoling.config_keys import LEARNING_RATES, RunConfig
+from tuoling.language import tr
+
+PAGES = {"zh": "config.md", "en": "config.en.md"}
+
+Meanings = dict[str, tuple[str, str]]
+
+SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
+    (
+        ("Model", "模型"),
+        {
+            "model_name_or_path": (
+                "The base model: a folder or a hub id. On the command line also `--model`.",
+                "基座模型：目录或模型库编号。命令行上也可写 `--model`。",
+            ),
+            "adapter_name_or_path": (
+                "Read so that configs of other tools load; a run starts from a whole model, and an adapter here is refused.",
+                "为读取其他工具的配置而保留；训练从完整模型开始，这里写了适配器会被拒绝。",
+            ),
+            "model_revision": ("Branch, tag or commit on the hub.", "模型库上的分支、标签或提交。"),
+            "template": (
+                "Id of the prompt template; unset: what the model says (see the guide).",
+                "提示模板的名字；不写则由模型决定（见使用指南）。",
+            ),
+            "allow_remote_code": (
+                "Kept in run.json. Training uses transformers' own classes only; Python code of a model folder runs "
+                "in `tuoling chat` and `predict` with `--allow-remote-code`.",
+                "只记入 run.json。训练只用 transformers 自己的模型类；模型目录自带的 Python 代码只能在 "
+                "`tuoling chat` 和 `predict` 中用 `--allow-remote-code` 运行。",
+            ),
+        },
+    ),
+    (
+        ("What is trained", "训练什么"),
+        {
+            "stage": (
+                "sft: rows with questions and answers. pt: plain text, all of it learned.",
+                "sft：问答数据。pt：纯文本，全部都学（继续预训练）。",
+            ),
+            "finetuning_type": (
+                "lora: an adapter on the frozen base. full: every weight.",
+                "lora：冻结基座，训练适配器。full：训练全部权重。",
+            ),
+            "recipe": (
+                "A packaged recipe, or a YAML file, under everything else. On the command line also `--recipe`.",
+                "内置配方名或一个 YAML 文件，作为最底层的默认值。命令行上也可写 `--recipe`。",
+            ),
+        },
+    ),
+    (
+        ("Rows", "数据"),
+        {
+            "data": (
+                "Files, folders, `path#500`, hub ids. On the command line also `--data`, which may be repeated.",
+                "文件、目录、`path#500`、hub 数据集。命令行上也可写 `--data`，可重复。",
+            ),
+            "dataset_dir": (
+                "Folder that holds dataset_info.json.",
+                "dataset_info.json 所在的目录。",
+            ),
+            "dataset": ("Names in that dataset_info.json.", "dataset_info.json 里登记的名字。"),
+            "eval_data": ("Rows to validate on.", "验证数据。"),
+            "eval_dataset": (
+                "The same, by names of dataset_info.json.",
+                "同上，按 dataset_info.json 里的名字。",
+            ),
+            "val_size": (
+                "Hold rows out of the training data: below 1 (or `5%`) a share, from 1 on a number of rows.",
+                "从训练数据中留出验证集：小于 1（或写 `5%`）是比例，大于等于 1 是条数。",
+            ),
+            "val_max_share": (
+                "Never hold out more than this share, whatever `val_size` says.",
+                "无论 `val_size` 是多少，留出的都不超过这个比例。",
+            ),
+            "data_format": (
+                "Read every row as this format instead of by content.",
+                "按此格式读取所有数据，而不按内容判断。",
+            ),
+            "columns": (
+                "Our field → the file's column, in YAML `{instruction: ask, output: answer}`.",
+                "我们的字段 → 文件中的列名，YAML 写法 `{instruction: ask, output: answer}`。",
+            ),
+            "max_samples": (
+                "At most the first so many rows of each file or dataset.",
+                "每个文件或数据集最多取前多少条。",
+            ),
+            "max_seq_len": ("Longest example in tokens.", "每条样本最多多少个 token。"),
+            "overlong": (
+                "What becomes of longer rows: stop and say how many; leave them out; cut the prompt from the left; "
+                "split dialogues between turns. In stage pt long text is always split, unless drop is said.",
+                "更长的数据怎么办：报错并说明数量；丢弃；从左边截短提示；把对话按轮切开。"
+                "pt 阶段的长文本总是切成多段，除非写 drop。",
+            ),
+            "learn": (
+                "Of a conversation: every reply, or only the last one.",
+                "多轮对话学习每一个回答，还是只学最后一个。",
+            ),
+            "learn_cut_answers": (
+                "Learn the kept part of an answer that had to be cut (it never gets an end token).",
+                "被截断的回答，保留的那部分是否学习（它不会带结束符）。",
+            ),
+            "train_on_inputs": ("Learn the prompt as well.", "提示部分也一起学习。"),
+            "allow_bad": (
+                "Share of rows that may be bad (`1%`, 0.01) before the run is refused; bad rows are left out.",
+                "可容忍的坏数据比例（`1%` 或 0.01），超过则不开始训练；坏数据不参与训练。",
+            ),
+        },
+    ),
+    (
+        ("Adapter", "适配器"),
+        {
+            "lora_rank": ("Rank of the LoRA matrices.", "LoRA 矩阵的秩。"),
+            "lora_alpha": (
+                "The adapter is scaled by lora_alpha ÷ lora_rank.",
+                "适配器的缩放是 lora_alpha ÷ lora_rank。",
+            ),
+            "lora_dropout": ("Dropout before the adapter.", "适配器之前的 dropout。"),
+            "lora_target": (
+                "Linear layers that get an adapter, by the end of their names; `all`: each one inside the blocks.",
+                "哪些线性层加适配器，按名字结尾匹配；`all` 表示各层内的全部线性层。",
+            ),
+        },
+    ),
+    (
+        ("Steps", "步数与优化"),
+        {
+            "per_device_train_batch_size": (
+                "Rows that share one forward and backward pass; memory grows with it.",
+                "一次前向和反向一起计算的条数；显存（内存）随它增长。",
+            ),
+            "per_device_eval_batch_size": ("The same for validation.", "验证时一次计算的条数。"),
+            "gradient_accumulation_steps": (
+                "Passes that are added up before the weights change.",
+                "累积多少次再更新权重。",
+            ),
+            "batch_size": (
+                "Rows of one step in all; the two keys above follow from it. It is met exactly or refused.",
+                "每步总共多少条；上面两个键由它推出。要么精确满足，要么报错。",
+            ),
+            "num_train_epochs": (
+                "How often each row is seen; fractions are kept exactly.",
+                "每条数据看几遍；可以是小数，按条数精确执行。",
+            ),
+            "max_steps": ("Above 0 it decides instead of the epochs.", "大于 0 时代替轮数。"),
+            "learning_rate": (
+                "Highest learning rate.",
+                "最高学习率。",
+            ),
+            "lr_scheduler_type": (
+                "How the rate falls after the warm-up.",
+                "预热之后学习率如何下降。",
+            ),
+            "warmup_steps": (
+                "Steps over which the rate rises; decides over `warmup_ratio`.",
+                "预热步数；写了就不看 `warmup_ratio`。",
+            ),
+            "warmup_ratio": ("The same as a share of all steps.", "预热占总步数的比例。"),
+            "weight_decay": (
+                "AdamW's decay; biases and norms are left out.",
+                "AdamW 的权重衰减；不作用于偏置和归一化参数。",
+            ),
+            "adam_beta1": ("AdamW.", "AdamW 参数。"),
+            "adam_beta2": ("AdamW.", "AdamW 参数。"),
+            "adam_epsilon": ("AdamW.", "AdamW 参数。"),
+            "max_grad_norm": (
+                "Gradients are clipped to this norm; 0 switches it off.",
+                "梯度裁剪到这个范数；0 表示不裁剪。",
+            ),
+            "seed": (
+                "Order of the rows, start of the adapter, dropout, the held-out part, samples of `#500`.",
+                "决定数据顺序、适配器初值、dropout、留出的验证集和 `#500` 抽样。",
+            ),
+        },
+    ),
+    (
+        ("Validate, save, log", "验证、保存、日志"),
+        {
+            "eval_steps": (
+                "Steps between validations. Unset: once an epoch. 0: only at the end.",
+                "每多少步验证一次。不写：每轮一次；0：只在结束时。",
+            ),
+            "save_steps": (
+                "Steps between checkpoints. 0: none on the way. The end is always saved.",
+                "每多少步存一个检查点。0：中途不存。结束时总会保存。",
+            ),
+            "save_total_limit": (
+                "Checkpoints that are kept; the newest and the best are never deleted.",
+                "最多保留几个检查点；最新的和最好的不会删除。",
+            ),
+            "logging_steps": (
+                "Steps between points of trainer_state.json; metrics.jsonl has every step.",
+                "trainer_state.json 中每多少步一个点；metrics.jsonl 每步都有。",
+            ),
+            "load_best_model_at_end": (
+                "Keep the weights of the lowest validation loss instead of the last.",
+                "最后保留验证损失最低的权重，而不是最后一步的。",
+            ),
+        },
+    ),
+    (
+        ("Machine", "机器"),
+        {
+            "dtype": (
+                "Precision of computation. auto: what the chip does well. fp16 is refused on a CPU.",
+                "计算精度。auto：按芯片选择。CPU 上不允许 fp16。",
+            ),
+            "device": (
+                "Where to compute: auto, cpu, mps, cuda or cuda:N.",
+                "在哪里计算：auto、cpu、mps、cuda 或 cuda:N。",
+            ),
+            "gradient_checkpointing": (
+                "Compute activations twice to save memory.",
+                "用重复计算换显存（内存）。",
+            ),
+        },
+    ),
+    (
+        ("Output", "输出"),
+        {
+            "output_dir": (
+                "The run folder; must be new or empty. On the command line also `--out`. Unset: `runs/<model>-<time>`.",
+                "运行目录，应为新目录或空目录。命令行上也可写 `--out`。不写：`runs/<模型>-<时间>`。",
+            ),
+            "overwrite_output_dir": (
+                "Move an old folder aside (`NAME.old-1`); nothing is deleted.",
+                "把旧目录改名为 `名字.old-1`；不会删除任何东西。",
+            ),
+            "plot_loss": ("Draw training_loss.png at the end.", "结束时画 training_loss.png。"),
+            "report_to": (
+                "Trackers: tensorboard, wandb, swanlab; none by default. Each needs its own package.",
+                "实验跟踪：tensorboard、wandb、swanlab；默认不用。需要另装各自的包。",
+            ),
+            "run_name": (
+                "Kept in run.json; nothing else uses it.",
+                "只记入 run.json，没有其他作用。",
+            ),
+        },
+    ),
+    (
+        ("Generation", "生成"),
+        dict.fromkeys(
+            (
+                "max_new_tokens",
+                "temperature",
+                "top_p",
+                "top_k",
+                "num_beams",
+                "do_sample",
+                "repetition_penalty",
+            ),
+            (
+                "Read so that configs of other tools load; kept in run.json. Training does not generate: "
+                "give it to `tuoling chat` or `predict`.",
+                "为读取其他工具的配置而保留，记入 run.json。训练不生成文本：请在 `tuoling chat` 或 `predict` 时给出。",
+            ),
+        ),
+    ),
+]
+
+CONVERTED: dict[str, tuple[tuple[str, Any], ...]] = {
+    "dtype": (("bf16", True), ("fp16", True), ("pure_bf16", True)),
+    "learn": (("mask_history", True),),
+    "gradient_checkpointing": (("disable_gradient_checkpointing", True),),
+    "eval_steps": (("eval_strategy", "epoch"), ("evaluation_strategy", "no")),
+    "save_steps": (("save_strategy", "epoch"),),
+    "report_to": (("use_swanlab", True),),
+}
+"""Our key → keys of other tools whose value is turned into ours (config_settle.py), each with a value it may have."""
+
+
+def page() -> str:
+    """All keys in the language of this process, as Markdown."""
+    parts = [
+        tr("# Config keys", "# 配置键"),
+        tr(
+            "Generated by `python docs/make_config.py`. [中文](config.md) · [Guide](guide.en.md)",
+            "由 `python docs/make_config.py` 生成。[English](config.en.md) · [使用指南](guide.zh.md)",
+        ),
+        tr(
+            "The same keys stand in YAML, on the command line as `key=value`, in Python as keyword arguments and in "
+            "run.json. `key=null` takes a key of a file away. Lists may be written `a,b`. An unknown key is an error "
+            "that names the nearest one.",
+            "同样的键用在 YAML、命令行的 `键=值`、Python 的关键字参数和 run.json 里。`键=null` 去掉文件里的这个键；"
+            "列表可以写成 `a,b`。不认识的键会报错，并给出最接近的名字。",
+        ),
+    ]
+    properties = RunConfig.model_json_schema()["properties"]
+    head = tr("| key | type | default | also read as | meaning |", "| 键 | 类型 | 默认 | 也可写作 | 含义 |")
+    for title, meanings in SECTIONS:
+        rows = [_row(key, properties[key], tr(*meanings[key])) for key in meanings]
+        parts.append(f"## {tr(*title)}\n\n" + "\n".join([head, "|---|---|---|---|---|", *rows]))
+    return "\n\n".join([*parts, *_of_other_tools()]) + "\n"
+
+
+def _row(key: str, schema: dict[str, Any], meaning: str) -> str:
+    others = [name for name, ours in foreign_keys.ALIASES.items() if ours == key]
+    others += [name for name, _ in CONVERTED.get(key, ())]
+    shown = ", ".join(f"`{name}`" for name in others)
+    cells = (f"`{key}`", _type(key, schema), _default(key), shown, meaning)
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(key: str, schema: dict[str, Any]) -> str:
+    """A key's type in words, with its range."""
+    (one,) = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    if "enum" in one:
+        return " | ".join(one["enum"])
+    names = {
+        "string": tr("text", "文本"),
+        "boolean": "true | false",
+        "integer": tr("whole number", "整数"),
+        "number": tr("number", "数字"),
+        "array": tr("list", "列表"),
+        "object": tr("pairs", "键值对"),
+    }
+    field = RunConfig.model_fields[key]
+    marks = [*field.metadata, *(mark for part in get_args(field.annotation) for mark in _marks(part))]
+    bounds = [
+        f"{sign} {getattr(mark, name):g}"
+        for mark in marks
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if hasattr(mark, name)
+    ]
+    return " ".join([names[one["type"]], ", ".join(bounds)]).strip()
+
+
+def _marks(annotation: Any) -> list[Any]:
+    """What `Annotated` says of one member of a union, pydantic's Field opened."""
+    return [
+        part for mark in getattr(annotation, "__metadata__", ()) for part in getattr(mark, "metadata", [mark])
+    ]
+
+
+def _default(key: str) -> str:
+    if key == "learning_rate":
+        return ", ".join(f"`{rate:g}` ({kind})" for kind, rate in LEARNING_RATES.items())
+    if key == "gradient_accumulation_steps":
+        return tr("`1`, or from `batch_size`", "`1`，或由 `batch_size` 推出")
+    value = RunConfig.model_fields[key].default
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{','.join(value)}`" if isinstance(value, tuple) else f"`{value}`"
+
+
+def _of_other_tools() -> list[str]:
+    """What is done with keys that are not ours and have no other name here."""
+    answered = [
+        (foreign_keys.AUTOMATIC, None),
+        (foreign_keys.FAST_PATH, None),
+        (foreign_keys.LAUNCH, None),
+        (foreign_keys.LOGGING, None),
+        (foreign_keys.OTHER_VERBS, foreign_keys.OTHER_VERB_PREFIXES),
+    ]
+    rows = []
+    for names, prefixes in answered:
+        listed = ", ".join(f"`{name}`" for name in sorted(names))
+        listed += "".join(f", `{prefix}…`" for prefix in prefixes or ())
+        rows.append(f"| {listed} | {foreign_keys.answers(min(names))} |")
+    refused: dict[str, list[str]] = {}
+    for name in sorted(foreign_keys.REFUSED):
+        refused.setdefault(foreign_keys.refusal(name), []).append(f"`{name}`")
+    return [
+        tr("## Keys of other tools", "## 其他工具的键"),
+        tr(
+            "Read and answered, because leaving them alone cannot change what is learned:",
+            "读到后只作说明，因为不理会它们也不会改变训练结果：",
+        ),
+        "\n".join([tr("| keys | what is said |", "| 键 | 说明 |"), "|---|---|", *rows]),
+        tr(
+            "Refused while their value asks for something, because leaving them out would change the result. "
+            "`key=null` on the command line trains without them, and is recorded:",
+            "只要它们的值有所要求就会报错，因为忽略会改变结果。在命令行加 `键=null` 则不使用它继续训练，并会记录下来：",
+        ),
+        "\n".join(
+            [
+                tr("| keys | why |", "| 键 | 原因 |"),
+                "|---|---|",
+                *(f"| {', '.join(names)} | {why} |" for why, names in refused.items()),
+            ]
+        ),
+        tr(
+            "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: only `concat`. "
+            "`trust_remote_code`: noted, not obeyed.",
+            "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：只接受 `concat`。"
+            "`trust_remote_code`：读到但不执行。",
+        ),
+    ]
+
+
+def write() -> None:
+    """Make each page in a process of its own: the language is read once."""
+    folder = Path(__file__).parent
+    for language, name in PAGES.items():
+        code = f"import runpy; print(runpy.run_path({str(Path(__file__))!r})['page'](), end='')"
+        environ = {**os.environ, "TUOLING_LANG": language, "PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=True)
+        (folder / name).write_bytes(done.stdout)
+
+
+if __name__ == "__main__":
+    write()
