@@ -128,7 +128,10 @@ def refusal(key: str) -> str:
     if key in ("quantization_bit", "load_in_8bit", "load_in_4bit"):
         return tr("quantised base weights are not supported in this version", "当前版本不支持量化的基座权重")
     if key in ("resume_from_checkpoint", "ignore_data_skip"):
-        return tr("going on with a run is `tuoling resume RUN`", "接着训练请用 tuoling resume RUN")
+        return tr(
+            "this version does not go on with a stopped run: training starts from the base model",
+            "当前版本不能接着中断的训练继续：总是从基座模型开始",
+        )
     if key == "push_to_hub":
         return tr("nothing is uploaded from here", "这里不上传任何东西")
     return tr("not supported, and leaving it out would change the result", "不支持，而忽略它会改变训练结果")

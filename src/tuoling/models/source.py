@@ -167,7 +167,10 @@ def _weights_of_run(folder: Path) -> Path:
         raise ModelError(
             tr("the run has no weights and no whole checkpoint yet", "该运行还没有权重，也没有完整的检查点"),
             where=str(folder),
-            remedy=tr(f"finish it: tuoling resume {folder}", f"先完成训练：tuoling resume {folder}"),
+            remedy=tr(
+                "train again; a smaller save_steps makes checkpoints sooner",
+                "请重新训练；调小 save_steps 可以更早得到检查点",
+            ),
         )
     console.note(
         tr(f"the run is not finished: using {checkpoint.name}", f"该运行尚未完成：使用 {checkpoint.name}")
