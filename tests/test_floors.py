@@ -23,7 +23,7 @@ FLOORS = {
     "generate": 6,
     "serve": 6,
     "demo": 7,
-    "api": 7,
+    "api": 6,
     "cli": 8,
     "__main__": 9,
 }

@@ -200,3 +200,13 @@ def test_plain_text_is_trained_whole(tmp_path: Path, bloom: Path) -> None:
     result = run(tmp_path, bloom, rows, stage="pt", finetuning_type="full", num_train_epochs=20)
     assert result.results["train_loss_last"] < 0.5 * result.results["train_loss_first"]
     assert (result.path / "model.safetensors").is_file()
+
+
+def test_other_tools_render_the_same_prompt(tmp_path: Path, bloom: Path) -> None:
+    from transformers import AutoTokenizer
+
+    result = run(tmp_path, bloom, max_steps=1)
+    theirs = AutoTokenizer.from_pretrained(result.path)
+    messages = [{"role": "user", "content": "1 加 2 等于多少？"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>用户:1 加 2 等于多少？\n\n助手:"

@@ -16,7 +16,9 @@ SHOWN = [
     "One day, the red dragon saw a little green frog. The red dragon gave the frog a red apple.",
     "The red dragon and the green frog sat on the hill and ate red apples until the sun went down.",
 ]
-HELD = ["The green frog said to the red dragon, I love your red apples. The red dragon was happy on the hill."]
+HELD = [
+    "The green frog said to the red dragon, I love your red apples. The red dragon was happy on the hill."
+]
 
 
 def test_one_lora_step_lowers_the_loss_on_held_text(tmp_path: Path, shared_data: Path) -> None:
@@ -40,5 +42,7 @@ def test_one_lora_step_lowers_the_loss_on_held_text(tmp_path: Path, shared_data:
         )
         losses.append(json.loads((result.path / "all_results.json").read_text())["eval_loss"])
     before, after = losses
-    assert before == pytest.approx(2.1, abs=0.9)  # a pretrained model, far below ln(512) = 6.24 of a random one
+    assert before == pytest.approx(
+        2.1, abs=0.9
+    )  # a pretrained model, far below ln(512) = 6.24 of a random one
     assert after < before - 0.02

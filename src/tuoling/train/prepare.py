@@ -17,6 +17,7 @@ from tuoling.models.adapters import lora_target_names
 from tuoling.models.load import load_tokenizer
 from tuoling.models.shape import lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
+from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
 from tuoling.train.plan import ModelSize, Plan, make_plan
 
@@ -120,6 +121,8 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
                 '在 tokenizer_config.json 中指定：{"eos_token": "</s>"}',
             ),
         )
+    for finding in check_template(template, tokenizer):
+        tell(finding.message)
     store, report = _compile(config, config.data, config.dataset, tokenizer, template, tell)
     held_out: Rows | None
     if config.eval_data or config.eval_dataset:
@@ -238,6 +241,13 @@ def _store_notes(report: StoreReport) -> list[str]:
             tr(
                 f"{report.flagged:,} rows are flagged (unfilled placeholders and the like): tuoling data check shows them",
                 f"{report.flagged:,} 条有可疑之处（如未填的占位符）：用 tuoling data check 查看",
+            )
+        )
+    if report.left_out:
+        lines.append(
+            tr(
+                f"{report.left_out:,} examples left out: their answer does not fit",
+                f"去掉 {report.left_out:,} 个样本：回答放不下",
             )
         )
     if report.reused:

@@ -45,12 +45,15 @@ def make_trainable(model: Any, setup: Setup) -> Any:
 def weight_saver(model: Any, setup: Setup) -> Callable[[Path], None]:
     """A function that writes everything `tuoling chat FOLDER` needs into a folder."""
     template = template_record(setup)
+    jinja = setup.template.to_jinja(setup.tokenizer)
 
     def save(folder: Path) -> None:
         if setup.config.finetuning_type == "lora":
             save_adapter(model, folder, tokenizer=setup.tokenizer, template=template)
         else:
             save_model(model, folder, tokenizer=setup.tokenizer, template=template)
+        if jinja is not None:  # what other tools (transformers, vLLM) read: the same prompt as ours
+            (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
 
     return save
 
