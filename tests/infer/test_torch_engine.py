@@ -12,7 +12,7 @@ import torch
 from tests.tiny import tiny_model
 
 from tuoling.infer.engine import GenerationSettings, PromptTooLong, Reply
-from tuoling.infer.torch_engine import TorchEngine
+from tuoling.infer.torch_engine import TorchEngine, _reply_processors
 from tuoling.models.load import find_model, load_model, load_tokenizer
 from tuoling.text.conversation import Conversation, Turn
 from tuoling.text.templates import get_template
@@ -191,18 +191,23 @@ def test_special_tokens_that_are_stops_end_by_id(engine: TorchEngine) -> None:
 # -- knobs -----------------------------------------------------------------------------------------------------
 
 
-def test_repetition_penalty_sees_the_answer_only(engine: TorchEngine) -> None:
-    """A penalty so high that any token used before is out: the first token is still the model's own choice."""
-    settings = GenerationSettings(max_new_tokens=12, repetition_penalty=10.0)
-    prompt = "今天天气很好。" * 4
-    plain = engine.generate([ask(prompt)], GREEDY)[0]
-    reply = engine.generate([ask(prompt)], settings)[0]
-    assert reply.token_ids[:1] == plain.token_ids[:1]
-    long = GenerationSettings(max_new_tokens=12, no_repeat_ngram_size=1)
-    ids = engine.generate([ask(prompt)], long)[0].token_ids
-    assert len(set(ids)) == len(ids) and ids[:1] == plain.token_ids[:1]
-    batch = engine.generate([ask("好"), ask(prompt)], long)
-    assert batch[1].token_ids == ids, "padding is no part of the answer either"
+def test_repetition_knobs_see_the_answer_only() -> None:
+    """Prompt 5 6 7 (behind padding 3 3), answer 8 9 8: only 8 and 9 are penalised, only 9 is banned after 8."""
+    ids = torch.tensor([[3, 3, 5, 6, 7, 8, 9, 8]])
+    scores = torch.ones(1, 12)
+    penalised = _reply_processors(GenerationSettings(repetition_penalty=2.0), 5)(ids, scores.clone())
+    assert penalised[0].tolist() == [0.5 if token in (8, 9) else 1.0 for token in range(12)]
+    banned = _reply_processors(GenerationSettings(no_repeat_ngram_size=2), 5)(ids, scores.clone())
+    assert [token for token in range(12) if banned[0, token] == -float("inf")] == [9]
+    free = _reply_processors(GenerationSettings(no_repeat_ngram_size=1), 5)(ids[:, :5], scores.clone())
+    assert torch.equal(free, scores), "the first token of an answer is free"
+    assert len(_reply_processors(GenerationSettings(), 5)) == 0
+
+
+def test_no_repeat_holds_in_a_batch(engine: TorchEngine) -> None:
+    settings = GenerationSettings(max_new_tokens=12, no_repeat_ngram_size=1)
+    for reply in engine.generate([ask(text) for text in QUESTIONS], settings):
+        assert len(set(reply.token_ids)) == len(reply.token_ids) > 1
 
 
 def test_min_and_max_new_tokens(engine: TorchEngine, restore: None) -> None:

@@ -141,19 +141,32 @@ def test_an_adapter_of_zeros_is_not_saved(base: Path, tmp_path: Path) -> None:
         save(model, base, tmp_path / "a")
 
 
-def test_a_disk_that_loses_bytes_is_noticed(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _lose(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop(sorted(tensors)[0])
+
+
+def _alter(tensors: dict[str, torch.Tensor]) -> None:
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] += 1e-4
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(_lose, "tensors are missing"), (_alter, "differs from memory")]
+)
+def test_what_was_written_is_read_back(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, said: str
 ) -> None:
     import safetensors.torch
 
     def lossy(tensors: dict[str, torch.Tensor], path: Path, metadata: Any = None) -> None:
         tensors = dict(tensors)
-        tensors.pop(sorted(tensors)[0])
+        damage(tensors)
         save_file(tensors, path, metadata=metadata)
 
     model = tuned(base)
     monkeypatch.setattr(safetensors.torch, "save_file", lossy)
-    with pytest.raises(OutputError, match="tensors are missing"):
+    with pytest.raises(OutputError, match=said):
         save(model, base, tmp_path / "a")
 
 
