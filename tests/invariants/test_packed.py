@@ -298,3 +298,24 @@ def test_a_mask_that_shows_its_shape_only_in_long_documents() -> None:
     finally:
         patch.undo()
     assert not installed.packed and said == ["packing: off, rows run one by one, because its mask is odd"]
+
+
+def test_nothing_learned_with_stock_logits() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).train()
+    installed = install(model, say=lambda message: None)
+    input_ids, labels, positions, bounds = batch(ROWS["odd lengths"])
+    loss = installed.loss_sum(input_ids, torch.full_like(labels, -100), positions, bounds)
+    assert loss.item() == 0.0 and not any(g.any() for g in gradients(model, loss).values())
+
+
+def test_install_refuses_what_is_no_causal_model() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(vocab_size=50, **sizes))
+    with pytest.raises(ModelError, match=r"BertForMaskedLM \(bert\)") as error:
+        install(model)
+    assert "CausalLM" in str(error.value)
+    assert not any("forward" in module.__dict__ for module in model.modules())

@@ -117,11 +117,9 @@ class FastModel:
             out = self._forward(input_ids, position_ids, pack)
         if self.fused_loss:
             return out.float().sum()
-        if not self._select:
-            out = out[where]
         if not len(where):
-            return out.float().sum() * 0.0 if out.numel() else self._attached_zero(input_ids)
-        return probe.stock_loss(out, labels[where])
+            return out.float().sum() * 0.0
+        return probe.stock_loss(out if self._select else out[where], labels[where])
 
     def _fused(self, labels: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
         """The head's answer [1, 1, 1]: the loss, divided by what the model will multiply it with."""
@@ -130,9 +128,6 @@ class FastModel:
             assert self._head is not None
             head = self._head.linear
             hidden_TD = hidden[0].index_select(0, where)
-            if not len(where):
-                hidden_TD = hidden[0]
-                return (hidden_TD.sum() * 0.0 + head.weight.sum() * 0.0).float().view(1, 1, 1)
             total, _ = linear_cross_entropy(
                 hidden_TD, head.weight, labels[where], head.bias, scale=self._scale
             )
@@ -148,9 +143,6 @@ class FastModel:
             return self._head.plain(hidden[:, where] if len(where) else hidden[:, :1])
 
         return answer
-
-    def _attached_zero(self, input_ids: Tensor) -> Tensor:
-        return self._forward(input_ids).float().sum() * 0.0
 
     # --- what may be used ----------------------------------------------------------------------------------
 
