@@ -184,7 +184,10 @@ def test_other_defaults_than_ours_are_taken_over(tmp_path: Path) -> None:
         (("lora_rank: 8", "lora_rank: 8\nloraplus_lr_ratio: 16.0"), "loraplus_lr_ratio=16.0: not supported"),
         (("lora_rank: 8", "lora_rank: 8\ndataset_dir: REMOTE:x/y"), "dataset_dir=REMOTE:x/y"),
         (("lora_rank: 8", "lora_rank: 8\nmix_strategy: interleave_under"), "mix_strategy=interleave_under"),
-        (("resume_from_checkpoint: null", "resume_from_checkpoint: true"), "does not go on with a stopped run"),
+        (
+            ("resume_from_checkpoint: null", "resume_from_checkpoint: true"),
+            "does not go on with a stopped run",
+        ),
         (("lora_rank: 8", "lora_rnak: 8"), "unknown key: lora_rnak"),
         (("bf16: true", "bf16: true\nfp16: true"), "dtype is given twice"),
     ],
