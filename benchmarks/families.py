@@ -9,6 +9,7 @@ for the summed loss and the gradient of four rows, ours against transformers' ow
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -355,6 +356,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> None:
+    os.environ["TUOLING_LANG"] = "en"
     torch.set_num_threads(1)  # for models this small a second thread only waits
     names = sys.argv[1:]
     outcomes = [examine(case) for case in CASES if not names or case.model_type in names]

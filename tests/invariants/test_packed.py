@@ -155,7 +155,7 @@ def test_gradient_checkpointing_sees_its_own_pack(family: str, reentrant: bool) 
 
 
 def test_a_checkpoint_that_loses_the_pack_says_so() -> None:
-    from tuoling.kernels.attention import pack_of
+    from tuoling.kernels.interface import pack_of
 
     with pytest.raises(ModelError, match="lost the packed mask") as error:
         pack_of(torch.empty(1, 1, 0, 0))

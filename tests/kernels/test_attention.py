@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tuoling.kernels import attention
+from tuoling.kernels import attention, interface
 from tuoling.kernels.attention import Bias, Pack, Unpackable, attend, reference_attention
 
 SLOPES = torch.tensor([0.5, 0.25, 0.0625, 2**-8])
@@ -100,7 +100,7 @@ def test_a_bias_is_a_strip_and_grows() -> None:
     ],
 )
 def test_the_window_is_read_off_transformers_mask(rule: object, window: int | None) -> None:
-    found = attention._window_of(lambda b, h, q, k: rule(q, k), pack_of((5, 11, 3)), torch.device("cpu"))
+    found = interface._window_of(lambda b, h, q, k: rule(q, k), pack_of((5, 11, 3)), torch.device("cpu"))
     assert found == window
 
 
@@ -114,7 +114,7 @@ def test_the_window_is_read_off_transformers_mask(rule: object, window: int | No
 )
 def test_any_other_mask_is_refused(rule: object) -> None:
     with pytest.raises(Unpackable):
-        attention._window_of(lambda b, h, q, k: rule(q, k), pack_of((5, 11, 3)), torch.device("cpu"))
+        interface._window_of(lambda b, h, q, k: rule(q, k), pack_of((5, 11, 3)), torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -72,7 +72,10 @@ def test_bf16_sums_in_float32(chunk_bytes: int, allowed: float) -> None:
     true = torch.autograd.grad(reference_cross_entropy(hidden, weight, labels), [hidden, weight])
     stock = torch.autograd.grad(expected, [hidden, weight])
     for mine, exact, theirs in zip((hidden.grad, weight.grad), true, stock, strict=True):
-        error, stock_error = (mine.double() - exact.double()).norm(), (theirs.double() - exact.double()).norm()
+        error, stock_error = (
+            (mine.double() - exact.double()).norm(),
+            (theirs.double() - exact.double()).norm(),
+        )
         assert error <= allowed * stock_error
 
 

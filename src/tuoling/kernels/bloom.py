@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuoling.kernels.attention import Bias, attend, pack_of
+from tuoling.kernels.attention import Bias, attend
+from tuoling.kernels.interface import pack_of
 
 
 def install(base: nn.Module) -> list[nn.Module]:

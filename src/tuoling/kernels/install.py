@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tuoling import console
 from tuoling.errors import ModelError
 from tuoling.kernels import bloom, probe
-from tuoling.kernels.attention import Pack, Unpackable, active_pack, register
+from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.head import Head, find_linear
+from tuoling.kernels.interface import active_pack, register
 from tuoling.kernels.loss import linear_cross_entropy, supervised
 from tuoling.language import tr
 
