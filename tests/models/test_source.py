@@ -95,6 +95,31 @@ def test_run_and_base_moved_together_find_each_other(model: Path, tmp_path: Path
     assert source.base is not None and source.base.path == tmp_path / "elsewhere" / "base"
 
 
+@pytest.mark.parametrize(
+    ("path", "named", "asked_hub"),
+    [
+        ("/gone/hub/models--o--n/snapshots/0123", "o/n", "o/n"),
+        ("/gone/base", "base", None),
+        ("/gone/models/base", "models/base", None),
+        ("/gone/base", "./base", None),
+    ],
+)
+def test_only_a_base_that_came_from_the_hub_is_asked_of_the_hub(
+    path: str, named: str, asked_hub: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(model_id: str, **options: Any) -> Path:
+        asked.append(model_id)
+        raise ModelError("offline")
+
+    monkeypatch.setattr("tuoling.models.hub.fetch", fetch)
+    record = {"path": path, "named": named, "config_sha256": "0" * 64}
+    with pytest.raises(ModelError, match="base model is not there"):
+        find_model(make_adapter(tmp_path / "run", "x", template="alpaca", base=record))
+    assert asked == ([asked_hub] if asked_hub else [])
+
+
 def test_another_base_beside_the_run_is_not_taken(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "base")
     record = {"path": "/gone/base", "config_sha256": "0" * 64}

@@ -14,7 +14,7 @@ import torch
 from tuoling.errors import OutputError
 from tuoling.files import write_json
 from tuoling.language import tr
-from tuoling.models.source import TEMPLATE_FILE, is_hub_id, weight_files
+from tuoling.models.source import TEMPLATE_FILE, hub_name, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,9 +60,8 @@ def _write_adapter_config(model: PeftModel, folder: Path, template: Mapping[str,
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
     base = template.get("base") or {}
-    named = base.get("named") or ""
     if base:
-        config.base_model_name_or_path = named if is_hub_id(named) else base["path"]
+        config.base_model_name_or_path = hub_name(base) or base["path"]
     values = config.to_dict()
     if isinstance(values.get("target_modules"), set):
         values["target_modules"] = sorted(values["target_modules"])

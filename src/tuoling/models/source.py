@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -257,8 +258,8 @@ def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> Mod
         )
     wanted_hash = said.get("config_sha256")
     found = asked or _moved_base(place, str(named), wanted_hash)
-    if not asked and not Path(found).exists() and is_hub_id(str(said.get("named") or "")):
-        found = said["named"]  # the cache was cleared or the adapter came from another machine
+    if not asked and not Path(found).exists():
+        found = hub_name(said) or found  # the cache was cleared, or the adapter came from another machine
     try:
         base = find_model(found)
     except ModelError as error:
@@ -284,6 +285,12 @@ def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> Mod
             )
         )
     return base
+
+
+def hub_name(base: Mapping[str, Any]) -> str | None:
+    """The hub id that a base was given by; None where it was a local folder (whose path ends as it was given)."""
+    named, path = str(base.get("named") or ""), Path(str(base.get("path") or ""))
+    return named if is_hub_id(named) and path.name != Path(named).name else None
 
 
 def _moved_base(place: Path, named: str, config_sha256: str | None) -> str:
