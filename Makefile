@@ -1,7 +1,7 @@
 # make quickstart   install, then watch a model learn Chinese instructions (offline, CPU, two minutes)
 # make test         install, then run every test
 # make check        format, lint, types, floors and the fast tests: under a minute
-# make docs         write again what is generated: docs/cli.md, docs/families.md
+# make docs         write again what is generated: docs/cli.md, docs/config.md, docs/families.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_help.py
+	$(BIN)/python docs/make_config.py
 	$(BIN)/python benchmarks/families.py
 
 clean:

@@ -1,5 +1,7 @@
 """Writes docs/config.md (Chinese) and docs/config.en.md (English): every key of a run, from the config itself.
 
+The guides' table of recipes, between two comments, is written here too, from the packaged YAML.
+
 Types, ranges and defaults are read from RunConfig, other names from foreign_keys; only the meanings stand here.
 Run `python docs/make_config.py` after changing a key; a test fails while a meaning is missing or a page is stale.
 """
@@ -7,16 +9,20 @@ Run `python docs/make_config.py` after changing a key; a test fails while a mean
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 from tuoling import foreign_keys
+from tuoling.config import load_config, recipe_names, recipe_path
 from tuoling.config_keys import LEARNING_RATES, RunConfig
 from tuoling.language import tr
 
 PAGES = {"zh": "config.md", "en": "config.en.md"}
+GUIDES = {"zh": "guide.zh.md", "en": "guide.en.md"}
+RECIPES_START, RECIPES_END = "<!-- recipes -->", "<!-- /recipes -->"
 
 Meanings = dict[str, tuple[str, str]]
 
@@ -404,14 +410,67 @@ def _of_other_tools() -> list[str]:
     ]
 
 
+def recipes() -> str:
+    """The packaged recipes as a table: where each is from, and its main figures."""
+    lines = [
+        tr(
+            "| recipe | from | kind | template | LoRA rank/alpha, targets | learning rate | rows a step | epochs | max_seq_len |",
+            "| 配方 | 出处 | 方式 | 模板 | LoRA 秩/alpha、目标层 | 学习率 | 每步条数 | 轮数 | max_seq_len |",
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in recipe_names():
+        config = load_config(overrides=[f"recipe={name}"]).config
+        lora = f"{config.lora_rank}/{config.lora_alpha}, {' '.join(config.lora_target)}"
+        rows = config.per_device_train_batch_size * config.accumulation()
+        cells = (
+            f"`{name}`",
+            _source(name),
+            config.finetuning_type,
+            f"`{config.template}`" if config.template else "",
+            lora if config.finetuning_type == "lora" else "",
+            f"{config.learning_rate:g} {config.lr_scheduler_type}",
+            str(rows),
+            f"{config.num_train_epochs:g}",
+            str(config.max_seq_len),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _source(name: str) -> str:
+    """The repository or model card that a recipe's comment names."""
+    for line in recipe_path(name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# From: "):
+            words = line.removeprefix("# From: ").removeprefix("the ")
+            return re.split(r"[,.] |[,.]$| chinese_bloom| train/", words)[0]
+    return "Tuoling"
+
+
+def with_recipes(guide: str, table: str) -> str:
+    """The guide with its table of recipes replaced."""
+    before, rest = guide.split(RECIPES_START)
+    _, after = rest.split(RECIPES_END)
+    return f"{before}{RECIPES_START}\n{table}\n{RECIPES_END}{after}"
+
+
 def write() -> None:
     """Make each page in a process of its own: the language is read once."""
     folder = Path(__file__).parent
     for language, name in PAGES.items():
-        code = f"import runpy; print(runpy.run_path({str(Path(__file__))!r})['page'](), end='')"
-        environ = {**os.environ, "TUOLING_LANG": language, "PYTHONIOENCODING": "utf-8"}
-        done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=True)
-        (folder / name).write_bytes(done.stdout)
+        (folder / name).write_text(_in(language, "page"), encoding="utf-8")
+        guide = folder / GUIDES[language]
+        guide.write_text(
+            with_recipes(guide.read_text(encoding="utf-8"), _in(language, "recipes")), encoding="utf-8"
+        )
+
+
+def _in(language: str, function: str) -> str:
+    code = f"import runpy; print(runpy.run_path({str(Path(__file__))!r})[{function!r}](), end='')"
+    environ = {**os.environ, "TUOLING_LANG": language, "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, check=True, encoding="utf-8"
+    ).stdout
 
 
 if __name__ == "__main__":
