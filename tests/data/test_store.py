@@ -336,3 +336,10 @@ def test_real_rows(tmp_path: Path, shared_data: Path) -> None:
     assert "keeps all rows" in (caught.value.remedy or "")
     store, report = build(tmp_path, file, "domain_bloom", tokenizer=tokenizer, max_seq_len=2048)
     assert len(store) == report.good == 1666 and report.bad == 0
+
+
+def test_leaving_out_every_row_is_no_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        build(tmp_path, [{"text": "从前有座山"}, {"text": "山里有座庙"}])
+    assert "stage=pt" in caught.value.problem and "rows.jsonl:1: " in caught.value.problem
+    assert "allow_bad" not in (caught.value.remedy or "")

@@ -278,7 +278,8 @@ class _Compiler:
             }
             self._rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
             if len(self._first_bad) < _SHOWN:
-                self._first_bad.append(f"{row.place}:{problem.field}: {problem.message}")
+                where = f"{row.place}:{problem.field}" if problem.field else str(row.place)
+                self._first_bad.append(f"{where}: {problem.message}")
 
     def _take(self, batch: list[_Waiting], coming: Future[list[Encoded]], writer: StoreWriter) -> None:
         """Write the examples of one tokenised batch."""
@@ -332,15 +333,13 @@ class _Compiler:
                 f"{report.bad} of {report.rows} rows are bad:",
                 f"{report.rows} 条样本中有 {report.bad} 条不合格：",
             )
-            share = min(100.0, -(-1000 * report.bad // report.rows) / 10)
-            raise DataError(
-                f"{problem}\n{listed}",
-                where=str(self._ledger),
-                remedy=tr(
-                    f"all of them stand in that file; repair them, or leave them out: allow_bad={share:g}%",
-                    f"全部列在上述文件中；请修正，或用 allow_bad={share:g}% 略过它们",
-                ),
-            )
+            share = -(-1000 * report.bad // report.rows) / 10
+            remedy = tr("all of them stand in that file; repair them", "全部列在上述文件中；请修正")
+            if share < 100:
+                remedy += tr(
+                    f", or leave them out: allow_bad={share:g}%", f"，或用 allow_bad={share:g}% 略过它们"
+                )
+            raise DataError(f"{problem}\n{listed}", where=str(self._ledger), remedy=remedy)
         over = int((lengths > settings.max_seq_len).sum())
         if over and (self._policy == "error" or not report.examples):
             raise overlong_error(lengths, settings.max_seq_len)
