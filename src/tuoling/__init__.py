@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ __all__ = ["Model", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface when it is first used."""
+    """Import the interface when it is first used. (`tuoling.train` is a package that can be called.)"""
+    if name == "train":
+        return importlib.import_module("tuoling.train")
     if name in __all__:
         from tuoling import api
 

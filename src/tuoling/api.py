@@ -4,6 +4,7 @@ Settings are keyword arguments with transformers' names:
 
     import tuoling
 
+    run = tuoling.train(model_name_or_path="MODEL", data="rows.json")
     model = tuoling.load("RUN")                       # a run, an adapter, a model folder, a hub id
     model.chat("你好", temperature=0.7)                # one question, or a list of messages
     model.generate("从前有座山，")                      # plain continuation, no template
@@ -14,7 +15,7 @@ Errors are children of `tuoling.errors.TuolingError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,43 +24,16 @@ from typing import TYPE_CHECKING, Any, cast
 from tuoling.errors import DataError
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Role, Turn
+from tuoling.train.entry import train
 
 if TYPE_CHECKING:
-    from tuoling.config import Loaded, RunConfig
     from tuoling.infer.engine import Engine, GenerationSettings, Reply
     from tuoling.infer.predict import PredictReport
     from tuoling.infer.session import ChatSession
-    from tuoling.train.loop import RunResult
-    from tuoling.train.prepare import Setup
+
+__all__ = ["Model", "load", "train"]
 
 Messages = str | Sequence[Mapping[str, str]] | Conversation
-
-
-def train(
-    config: Loaded | RunConfig | str | Path | None = None,
-    *,
-    say: Callable[[str], None] | None = None,
-    show_plan: Callable[[Setup], None] | None = None,
-    **keys: Any,
-) -> RunResult:
-    """Fine-tune, and leave a run folder: `tuoling.train(model_name_or_path="MODEL", data="rows.json")`.
-
-    config: a config file (ours or another tool's), or a config already read; `keys` are set over it.
-    Returns the run's folder, its status and what all_results.json says. Raises TuolingError.
-    """
-    from tuoling import console
-    from tuoling.config import Loaded, RunConfig, load_config
-    from tuoling.train.loop import train as run
-
-    if isinstance(config, RunConfig):
-        loaded = load_config(flags={**config.model_dump(exclude_unset=True), **keys})
-    elif isinstance(config, Loaded) and not keys:
-        loaded = config
-    elif isinstance(config, Loaded):
-        loaded = load_config(flags={**config.config.model_dump(exclude_unset=True), **keys})
-    else:
-        loaded = load_config([Path(config)] if config is not None else [], flags=keys)
-    return run(loaded.config, notes=loaded.notes, say=say or console.note, show_plan=show_plan)
 
 
 def load(
