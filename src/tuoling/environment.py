@@ -125,8 +125,12 @@ def memory_total_bytes() -> int:
     return total
 
 
-def memory_available_bytes() -> int:
-    """Memory that could be had now without swapping."""
+def memory_available_bytes(device: str = "cpu") -> int:
+    """Memory that could be had now on `device`, for the CPU without swapping."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -274,7 +274,7 @@ def _draw_losses(axes: Axes, found: History, say: Any) -> list[Any]:
         }
         lines += axes.plot(steps, values, label=say("eval loss", "验证损失"), **style)
     axes.set_xlabel(say("step", "步数"))
-    axes.set_ylabel(say("loss (nats per token)", "损失（每个词元，nat）"))
+    axes.set_ylabel(say("loss (nats per token)", "损失（每个 token，nat）"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return lines
 

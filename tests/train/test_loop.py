@@ -210,3 +210,12 @@ def test_other_tools_render_the_same_prompt(tmp_path: Path, bloom: Path) -> None
     messages = [{"role": "user", "content": "1 加 2 等于多少？"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "<s>用户:1 加 2 等于多少？\n\n助手:"
+
+
+def test_training_goes_on_from_an_adapter(tmp_path: Path, bloom: Path) -> None:
+    first = run(tmp_path / "a", bloom, num_train_epochs=4, lora_rank=4, warmup_steps=0)
+    again = run(tmp_path / "b", bloom, adapter_name_or_path=str(first.path), warmup_steps=0, max_steps=1)
+    assert again.results["train_loss_first"] < 0.8 * first.results["train_loss_first"]
+    assert json.loads((again.path / "adapter_config.json").read_text())["r"] == 4
+    base = json.loads((again.path / "template.json").read_text())["base"]["path"]
+    assert Path(base) == bloom.resolve()

@@ -77,7 +77,7 @@ def command(
     html: Annotated[
         Path | None, typer.Option("--html", help=tr("write one HTML file instead", "改为写一个 HTML 文件"))
     ] = None,
-    ids: Annotated[bool, typer.Option("--ids", help=tr("show the ids too", "同时显示词元编号"))] = False,
+    ids: Annotated[bool, typer.Option("--ids", help=tr("show the ids too", "同时显示 token 编号"))] = False,
     format: Annotated[
         str | None,
         typer.Option(

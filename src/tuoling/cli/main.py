@@ -38,8 +38,6 @@ FIRST = (
     "show",
     "plan",
     "train",
-    "resume",
-    "continue",
     "report",
     "predict",
     "chat",

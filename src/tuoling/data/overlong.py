@@ -159,14 +159,14 @@ def overlong_error(lengths: np.ndarray, limit: int) -> DataError:
         shortest = int(lengths.min())
         problem = tr(
             f"max_seq_len={limit} is shorter than every row: the shortest has {shortest} tokens",
-            f"max_seq_len={limit} 比每一条样本都短：最短的也有 {shortest} 个词元",
+            f"max_seq_len={limit} 比每一条样本都短：最短的也有 {shortest} 个 token",
         )
     else:
         problem = tr(
             f"{over} of {len(lengths)} rows are longer than max_seq_len={limit}",
             f"{len(lengths)} 条样本中有 {over} 条超过 max_seq_len={limit}",
         )
-    table = tr("rows by length in tokens:", "按词元数统计的样本：") + "\n" + histogram(lengths)
+    table = tr("rows by length in tokens:", "按 token 数统计的样本：") + "\n" + histogram(lengths)
     remedy = tr(
         f"max_seq_len={keep[100]} keeps all rows, {keep[99]} keeps 99 %, {keep[95]} keeps 95 %\n"
         "or say what to do with them: overlong=drop | cut_prompt | split",

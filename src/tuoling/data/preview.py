@@ -143,7 +143,7 @@ def _character_runs(segments: Sequence[Segment]) -> list[Run]:
 
 def summary(shown: Preview) -> str:
     """Counts and the place of the end tokens, in one line."""
-    unit = tr(shown.unit, {"tokens": "个词元", "characters": "个字符"}[shown.unit])
+    unit = tr(shown.unit, {"tokens": "个 token", "characters": "个字符"}[shown.unit])
     parts = [
         tr(
             f"{shown.tokens} {unit}, {shown.learned} learned",
@@ -221,7 +221,7 @@ def to_html(previews: Sequence[Preview], *, template: str, ids: bool = False) ->
     title = tr("What is learned", "模型学到的是什么")
     legend = tr(
         "Green is learned; boxes are special tokens; grey is only read.",
-        "绿色部分会被学习；方框是特殊词元；灰色部分只读不学。",
+        "绿色部分会被学习；方框是特殊 token；灰色部分只读不学。",
     )
     sections = "\n".join(_section(shown, ids) for shown in previews)
     language = tr("en", "zh-CN")

@@ -178,7 +178,7 @@ class FastModel:
             raise ModelError(
                 tr(
                     f"{name} is no causal language model: its predictions {'see later tokens' if not causal else 'do not depend on its past'}",
-                    f"{name} 不是因果语言模型：它的预测{'能看到后面的词元' if not causal else '与前文无关'}",
+                    f"{name} 不是因果语言模型：它的预测{'能看到后面的 token' if not causal else '与前文无关'}",
                 ),
                 remedy=tr(
                     "choose a causal language model (…ForCausalLM)", "请选择因果语言模型（…ForCausalLM）"
@@ -245,7 +245,7 @@ class FastModel:
     def _try_packing(self, documents: probe.Documents, embedding: nn.Module) -> str | None:
         """Replace the attention and compare; the reason when packing is not exact."""
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            return tr("its adapter adds tokens of its own", "它的适配器会添加自己的词元")
+            return tr("its adapter adds tokens of its own", "它的适配器会添加自己的 token")
         first, second = documents.first, documents.second
         bounds = torch.tensor(
             [0, probe.FIRST, probe.FIRST + probe.SECOND], dtype=torch.int32, device=first.device

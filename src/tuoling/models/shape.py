@@ -26,15 +26,15 @@ class Shape:
     hidden: int
 
 
-def meta_model(folder: Path) -> Any:
+def meta_model(folder: Path, *, allow_remote_code: bool = False) -> Any:
     """The model of `folder`'s config.json on the meta device (shapes without memory).
 
     Raises ModelError where transformers has no causal language model for it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=allow_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=allow_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(
             tr(

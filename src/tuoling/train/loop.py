@@ -96,7 +96,13 @@ def _run(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable[[st
     )
     torch.manual_seed(config.seed)
     weights_dtype = "fp32" if config.finetuning_type == "full" else setup.dtype
-    model = load_model(setup.source, dtype=weights_dtype, device=setup.device, for_training=True)
+    model = load_model(
+        setup.source,
+        dtype=weights_dtype,
+        device=setup.device,
+        for_training=True,
+        allow_remote_code=config.allow_remote_code,
+    )
     model = make_trainable(model, setup)
     fast = install(model, say=say)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))

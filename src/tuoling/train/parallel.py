@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
 
 
 def make_accelerator(
@@ -27,7 +27,6 @@ def make_accelerator(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import is_swanlab_available, is_tensorboard_available, is_wandb_available
 
     if environment.world_size() > 1:
         raise TrainingError(
@@ -39,25 +38,13 @@ def make_accelerator(
                 "start `tuoling train` without a launcher", "不要用 torchrun 等启动器，直接运行 tuoling train"
             ),
         )
-    installed = {
-        "tensorboard": is_tensorboard_available,
-        "wandb": is_wandb_available,
-        "swanlab": is_swanlab_available,
-    }
-    for name in trackers:
-        if not installed[name]():
-            raise TrainingError(
-                tr(f"the tracker {name} is not installed", f"没有安装记录工具 {name}"),
-                where=f"report_to={name}",
-                remedy=f"pip install {name}",
-            )
     # accelerate keeps its precision in a singleton; a second run in one process may ask for another.
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     accelerator = Accelerator(
         mixed_precision=_PRECISION[dtype],
         cpu=device == "cpu",
-        log_with=[_TRACKERS[name] for name in trackers] or None,
+        log_with=list(trackers) or None,
         project_dir=str(folder) if trackers else None,
     )
     if trackers:
@@ -65,3 +52,14 @@ def make_accelerator(
             "tuoling", config={k: v for k, v in manifest.items() if isinstance(v, str | int | float)}
         )
     return accelerator
+
+
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Raise TrainingError for a tracker whose package is not installed."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(
+                tr(f"the tracker {name} is not installed", f"没有安装记录工具 {name}"),
+                where=f"report_to={name}",
+                remedy=f"pip install {name}",
+            )

@@ -50,6 +50,7 @@ class Plan:
     eval_steps: int
     parameters: int
     trainable: int
+    device: str
     memory_bytes: int
     disk_bytes: int
 
@@ -123,7 +124,7 @@ class Plan:
                     f"预热 {self.warmup_steps} 步，到 {self.total_steps} 步结束时还没有完成",
                 )
             )
-        available = environment.memory_available_bytes()
+        available = environment.memory_available_bytes(self.device)
         if self.memory_bytes > available:
             found.append(
                 tr(
@@ -155,6 +156,7 @@ def make_plan(
     eval_rows: int,
     size: ModelSize,
     dtype: str,
+    device: str,
 ) -> Plan:
     """Count steps and estimate costs.
 
@@ -198,6 +200,7 @@ def make_plan(
         eval_steps=_interval(config.eval_steps, per_epoch, steps),
         parameters=size.parameters,
         trainable=size.trainable,
+        device=device,
         memory_bytes=_memory_bytes(config, lengths=lengths, micro=micro, size=size, dtype=dtype),
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
     )

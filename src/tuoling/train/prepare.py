@@ -19,6 +19,7 @@ from tuoling.models.shape import lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
 from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
+from tuoling.train.parallel import require_trackers
 from tuoling.train.plan import ModelSize, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -92,15 +93,14 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
             where="dtype=fp16",
             remedy="dtype=auto",
         )
-    source = find_model(str(config.model_name_or_path), revision=config.model_revision)
-    if source.is_adapter or config.adapter_name_or_path:
-        raise ConfigError(
+    require_trackers(config.report_to)
+    source = _find_source(config)
+    if source.is_adapter:
+        tell(
             tr(
-                "training starts from a whole model here, not from an adapter",
-                "这里的训练从完整模型开始，不从适配器开始",
-            ),
-            where=config.adapter_name_or_path or f"model_name_or_path={config.model_name_or_path}",
-            remedy=f"model_name_or_path={source.weights_path} adapter_name_or_path=null",
+                f"training goes on from the adapter {source.path}: rank, alpha, dropout and targets are its own",
+                f"从适配器 {source.path} 开始训练：rank、alpha、dropout 和目标层以它为准",
+            )
         )
     tokenizer = load_tokenizer(source)
     template, reason = choose_template(
@@ -138,6 +138,7 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         eval_rows=len(held_out) if held_out else 0,
         size=size,
         dtype=dtype,
+        device=device,
     )
     return Setup(
         config=config,
@@ -155,12 +156,34 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     )
 
 
+def _find_source(config: RunConfig) -> ModelSource:
+    """The model to start from, with an adapter on it where one is named."""
+    named = str(config.model_name_or_path)
+    if config.adapter_name_or_path:
+        source = find_model(config.adapter_name_or_path, base=named, revision=config.model_revision)
+    else:
+        source = find_model(named, revision=config.model_revision)
+    if source.is_adapter and config.finetuning_type != "lora":
+        raise ConfigError(
+            tr("an adapter is trained with finetuning_type=lora", "适配器只能用 finetuning_type=lora 训练"),
+            where=f"finetuning_type={config.finetuning_type}",
+            remedy=tr(
+                f"or start from its base: --model {source.weights_path}",
+                f"或从它的基座开始：--model {source.weights_path}",
+            ),
+        )
+    return source
+
+
 def model_size(source: ModelSource, config: RunConfig) -> ModelSize:
     """Parameters, and those that will be trained, from the shapes alone."""
-    model = meta_model(source.path)
+    model = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
     shape = shape_of(model)
     trainable = shape.parameters
-    if config.finetuning_type == "lora":
+    if source.is_adapter:
+        adapter = files.read_json(source.path / "adapter_config.json")
+        trainable = lora_parameters(model, adapter["target_modules"], adapter["r"])
+    elif config.finetuning_type == "lora":
         targets = lora_target_names(model, config.lora_target)
         trainable = lora_parameters(model, targets, config.lora_rank)
     added = trainable if config.finetuning_type == "lora" else 0
@@ -278,12 +301,13 @@ def hold_out(store: TokenStore, count: int, seed: int) -> tuple[Rows, Rows | Non
 
 def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) -> dict[str, Any]:
     """What `run.json` says: everything that decides the result, and nothing secret."""
-    config_file = setup.source.path / "config.json"
+    config_file = setup.source.weights_path / "config.json"
     return {
         "config": setup.config.model_dump(mode="json"),
         "stage": setup.config.stage,
         "base": {
-            "path": str(setup.source.path),
+            "path": str(setup.source.weights_path),
+            "adapter": str(setup.source.path) if setup.source.is_adapter else None,
             "named": setup.config.model_name_or_path,
             "config_sha256": files.sha256_file(config_file) if config_file.is_file() else None,
             "family": setup.source.family.name,

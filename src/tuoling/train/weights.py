@@ -17,25 +17,26 @@ if TYPE_CHECKING:
 
 
 def make_trainable(model: Any, setup: Setup) -> Any:
-    """All parameters (`full`), or LoRA in float32 on the wanted linear modules of a frozen base."""
+    """All parameters (`full`), or LoRA in float32 on a frozen base: a new one, or the adapter it came with."""
     config = setup.config
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if config.finetuning_type == "full":
         return model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
+    if not setup.source.is_adapter:
+        from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=lora_target_names(model, config.lora_target),
-            task_type="CAUSAL_LM",
-        ),
-    )
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=lora_target_names(model, config.lora_target),
+                task_type="CAUSAL_LM",
+            ),
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -60,14 +61,14 @@ def weight_saver(model: Any, setup: Setup) -> Callable[[Path], None]:
 
 def template_record(setup: Setup) -> dict[str, Any]:
     """What `template.json` says, so that nobody is asked for it again."""
-    config_file = setup.source.path / "config.json"
+    weights = setup.source.weights_path
     return {
         "template": setup.template.id,
         "stops": list(setup.template.stops),
         "base": {
-            "path": str(setup.source.path.resolve()),
-            "named": setup.config.model_name_or_path,
-            "config_sha256": files.sha256_file(config_file),
+            "path": str(weights.resolve()),
+            "named": setup.source.base.name if setup.source.base else setup.config.model_name_or_path,
+            "config_sha256": files.sha256_file(weights / "config.json"),
         },
         "max_seq_len": setup.config.max_seq_len,
     }
