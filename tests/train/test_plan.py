@@ -15,7 +15,13 @@ SIZE = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64)
 def plan(rows: int = 10, **keys: Any) -> Plan:
     lengths = np.arange(1, rows + 1)
     return make_plan(
-        RunConfig(**keys), lengths=lengths, learned=lengths // 2, eval_rows=0, size=SIZE, dtype="fp32"
+        RunConfig(**keys),
+        lengths=lengths,
+        learned=lengths // 2,
+        eval_rows=0,
+        size=SIZE,
+        dtype="fp32",
+        device="cpu",
     )
 
 
