@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
 
 from tuoling.config import RunConfig
 from tuoling.errors import TrainingError
@@ -66,3 +69,18 @@ def test_a_warmup_longer_than_the_run_is_said() -> None:
 def test_no_rows_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no row"):
         plan(0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_learning_rate_is_transformers_own(schedule: str, warmup: int) -> None:
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    config = RunConfig(learning_rate=3e-4, lr_scheduler_type=schedule)
+    made = plan(50, per_device_train_batch_size=1, num_train_epochs=1, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=50)
+    for step in range(50):
+        ours = made.learning_rate(step, config)
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        optimizer.step()
+        scheduler.step()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tuoling import files
 from tuoling.language import tr
 from tuoling.train.card import model_card
+from tuoling.train.checkpoint import SaveWeights
+from tuoling.train.progress import Progress, results_of, trainer_state
 
 if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
@@ -21,18 +23,17 @@ _OF_A_CHECKPOINT = ("optimizer.safetensors", "rng.safetensors", "position.json",
 def finish(
     run: RunFolder,
     setup: Setup,
+    done: Progress,
     *,
     status: str,
-    results: dict[str, Any],
-    save_weights: Callable[[Path], None],
-    best: dict[str, Any] | None,
-    trainer_state: str,
+    save_weights: SaveWeights,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write everything a finished (or interrupted) run leaves, and return all_results.json.
 
-    With `best`, the weights at the top are those of the checkpoint with the lowest held-out loss.
+    If the best weights were asked for, those at the top are the checkpoint's with the lowest held-out loss.
     """
+    best = done.best
     if best is not None:
         _copy_from(run.path / best["checkpoint"], run.path)
         say(
@@ -43,7 +44,8 @@ def finish(
         )
     else:
         _save_at_top(run.path, save_weights)
-    run.write_trainer_state(trainer_state)
+    run.write_trainer_state(trainer_state(run, setup, done))
+    results = results_of(done, setup)
     merged = run.add_results(results)
     with files.atomic_write(run.path / "README.md") as file:
         file.write(model_card(setup, merged))
@@ -55,7 +57,7 @@ def finish(
     return merged
 
 
-def _save_at_top(run: Path, save_weights: Callable[[Path], None]) -> None:
+def _save_at_top(run: Path, save_weights: SaveWeights) -> None:
     """Save into a folder of its own first: a full disk leaves the run as it was."""
     staging = run / ".final"
     with files.atomic_folder(staging) as temporary:

@@ -54,6 +54,22 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
 
+    def learning_rate(self, step: int, config: RunConfig) -> float:
+        """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
+
+        Linear warm-up from 0 at step 0 to the config's rate after `warmup_steps`; then constant, linear to 0 at
+        `total_steps`, or half a cosine to 0.
+        """
+        base = config.learning_rate
+        if step < self.warmup_steps:
+            return base * step / self.warmup_steps
+        if config.lr_scheduler_type == "constant":
+            return base
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if config.lr_scheduler_type == "linear":
+            return base * max(0.0, 1.0 - done)
+        return base * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
     def to_json(self) -> dict[str, Any]:
         """For run.json and `tuoling plan --json`."""
         return asdict(self)

@@ -7,11 +7,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuoling import files
 from tuoling.errors import OutputError
 from tuoling.language import tr
+
+if TYPE_CHECKING:
+    from tuoling.train.prepare import Setup
 
 
 def default_run_folder(model: str) -> Path:
@@ -45,6 +48,39 @@ def claim(folder: Path, *, overwrite: bool) -> str | None:
         raise OutputError(tr("the output folder is a file", "输出目录是一个文件"), where=str(folder))
     files.require_writable(folder)
     return moved
+
+
+def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` says: everything that decides the result, and nothing secret."""
+    config_file = setup.source.weights_path / "config.json"
+    return {
+        "config": setup.config.model_dump(mode="json"),
+        "stage": setup.config.stage,
+        "base": {
+            "path": str(setup.source.weights_path),
+            "adapter": str(setup.source.path) if setup.source.is_adapter else None,
+            "named": setup.config.model_name_or_path,
+            "config_sha256": files.sha256_file(config_file) if config_file.is_file() else None,
+            "family": setup.source.family.name,
+            "licence": setup.source.family.licence,
+        },
+        "template": {
+            "id": setup.template.id,
+            "why": setup.template_reason,
+            "stops": list(setup.template.stops),
+        },
+        "data": {"key": setup.train.store.key, **setup.report.facts()},
+        "held_out": None
+        if setup.held_out is None
+        else {"key": setup.held_out.store.key, "rows": len(setup.held_out)},
+        "plan": setup.plan.to_json(),
+        "device": setup.device,
+        "dtype": setup.dtype,
+        "seed": setup.config.seed,
+        "versions": versions,
+        "machine": machine,
+        "notes": setup.notes,
+    }
 
 
 class RunFolder:

@@ -1,0 +1,140 @@
+"""What a run has done so far, and what is noted of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuoling import console, environment, files
+from tuoling.data.pack import Batch
+from tuoling.errors import TrainingError
+from tuoling.language import tr
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tuoling.config import RunConfig
+    from tuoling.train.prepare import Setup
+    from tuoling.train.run_folder import RunFolder
+
+
+@dataclass
+class Progress:
+    """What the loop has done so far."""
+
+    step: int = 0
+    rows_seen: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    timed_tokens: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    eval_loss: float | None = None
+    best: dict[str, Any] | None = None
+
+
+def note_step(
+    done: Progress, setup: Setup, batches: Sequence[Batch], loss: float, norm: float, rate: float, took: float
+) -> dict[str, Any]:
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    learned = sum(batch.num_learned for batch in batches)
+    if done.step > 0:  # the first step pays for warm-up: allocators, kernels, caches
+        done.seconds += took
+        done.timed_tokens += tokens
+    done.step += 1
+    done.rows_seen += sum(len(batch.rows) for batch in batches)
+    done.tokens += tokens
+    done.learned_tokens += learned
+    done.first_loss = loss if done.first_loss is None else done.first_loss
+    done.last_loss = loss
+    return {
+        "step": done.step,
+        "epoch": round(done.rows_seen / setup.plan.rows, 4),
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "learned_tokens": learned,
+        "seconds": round(took, 4),
+        "tokens_per_s": round(tokens / took, 1),
+        "peak_rss_gib": round(environment.peak_rss_gib(), 3),
+    }
+
+
+def log_step(run: RunFolder, accelerator: Accelerator, row: dict[str, Any], every: int, last: bool) -> None:
+    """Add the step to trainer_state's history and the trackers; print a line where no bar can be drawn."""
+    step, epoch = row["step"], row["epoch"]
+    due = step == 1 or step % every == 0 or last
+    if due:
+        shown = ("loss", "learning_rate", "grad_norm")
+        run.log_history.append({"epoch": epoch, **{key: row[key] for key in shown}, "step": step})
+        if not console.err.is_terminal:
+            console.note(
+                tr("step", "步") + f" {step}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}"
+                f"  {row['tokens_per_s']:,.0f} tokens/s"
+            )
+    if "eval_loss" in row:
+        run.log_history.append({"epoch": epoch, "eval_loss": row["eval_loss"], "step": step})
+        console.note(tr("step", "步") + f" {step}  eval loss {row['eval_loss']:.4f}")
+    if accelerator.log_with:
+        accelerator.log({key: row[key] for key in row if key not in ("step", "seconds")}, step=step)
+
+
+def improved(done: Progress, config: RunConfig, row: dict[str, Any]) -> bool:
+    """Note a new lowest held-out loss, if the best weights are wanted at the end."""
+    if not config.load_best_model_at_end or "eval_loss" not in row:
+        return False
+    if done.best is not None and row["eval_loss"] >= done.best["eval_loss"]:
+        return False
+    done.best = {"eval_loss": row["eval_loss"], "step": done.step, "checkpoint": f"checkpoint-{done.step}"}
+    return True
+
+
+def trainer_state(run: RunFolder, setup: Setup, done: Progress) -> str:
+    return run.trainer_state(
+        step=done.step,
+        total_steps=setup.plan.total_steps,
+        epoch=round(done.rows_seen / setup.plan.rows, 4),
+        best=done.best,
+    )
+
+
+def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
+    cuda = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return {
+        "train_loss_first": done.first_loss,
+        "train_loss_last": done.last_loss,
+        "eval_loss": done.eval_loss,
+        "best_eval_loss": done.best["eval_loss"] if done.best else None,
+        "rows": len(setup.train),
+        "tokens": done.tokens,
+        "learned_tokens": done.learned_tokens,
+        "steps": done.step,
+        "epochs": round(done.rows_seen / setup.plan.rows, 4),
+        "seconds": round(done.seconds, 3),
+        "tokens_per_s": round(done.timed_tokens / done.seconds, 1) if done.seconds else None,
+        "peak_rss_gib": round(environment.peak_rss_gib(), 3),
+        "peak_cuda_gib": round(cuda, 3),
+    }
+
+
+def not_finite(run: RunFolder, setup: Setup, batches: Sequence[Batch], row: dict[str, Any]) -> TrainingError:
+    """Save the rows of the step whose loss is not a number, and say where they are."""
+    path = run.path / "nonfinite_rows.json"
+    places = [setup.train.store.place(index) for batch in batches for index in batch.rows]
+    files.write_json(path, {"step": row["step"], "loss": str(row["loss"]), "rows": places})
+    return TrainingError(
+        tr(
+            f"the loss of step {row['step']} is {row['loss']}: the run stops before it spoils the weights",
+            f"第 {row['step']} 步的损失是 {row['loss']}：在权重被破坏之前停止训练",
+        ),
+        where=str(path),
+        remedy=tr(
+            "look at these rows; lower learning_rate, or set dtype=fp32",
+            "检查这些数据；调小 learning_rate，或设 dtype=fp32",
+        ),
+    )
