@@ -231,3 +231,30 @@ def test_columns_are_renamed_and_the_record_stays(tmp_path):
 def test_a_column_that_is_not_there_is_named(tmp_path):
     (problem,) = only(tmp_path, {"ask": "问"}, columns={"instruction": "ask", "output": "reply"}).problems
     assert problem.code == "missing_field" and problem.field == "reply" and "ask" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"input": ["", "二"], "output": ["1", "2"]}, "input[0]"),
+        ({"input": ["一", "二"], "output": ["1", ""]}, "output[1]"),
+        ({"history": [["一", "1"], ["二", ""]], "input": "三", "output": "3"}, "history[1]"),
+        ({"instruction": "三", "output": "3", "history": [["", "1"]]}, "history[0]"),
+        ({"instruction": "Human:一\nAssistant:\nHuman:二\nAssistant:", "output": "2"}, "instruction[1]"),
+    ],
+)
+def test_an_empty_turn_is_named_by_where_it_stands(tmp_path, record, field):
+    row = only(tmp_path, record)
+    assert [problem.field for problem in row.problems] == [field]
+
+
+def test_two_equal_answers_prefer_nothing(tmp_path):
+    row = only(tmp_path, {"prompt": "问", "chosen": "同", "rejected": "同"})
+    assert [(problem.field, problem.code) for problem in row.problems] == [("rejected", "same_answers")]
+
+
+def test_a_control_character_is_flagged_and_stays_good(tmp_path):
+    row = only(tmp_path, {"question": "问", "answer": "答\u0000\t\n"})
+    assert not row.problems and [(flag.field, flag.code) for flag in row.flags] == [
+        ("answer", "control_character")
+    ]

@@ -105,6 +105,13 @@ def test_html_page(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert "prefers-color-scheme: dark" in page and "Noto Sans CJK SC" in page
 
 
+def test_a_question_alone_shows_what_a_model_is_asked(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (row,) = rows_of(tmp_path, {"question": "你是谁？"})
+    one = preview(row, template=TEMPLATES["belle_v2"], tokenizer=load("tiny", request))
+    assert "".join(run.text for run in one.runs).endswith("你是谁？\n\nAssistant: \n")
+    assert one.learned == 0 and not one.problems
+
+
 def test_bad_row_shows_why(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     row = rows_of(tmp_path, {"instruction": "问", "output": ["x"]})[0]
     one = preview(row, template=TEMPLATES["alpaca"], tokenizer=load("tiny", request))

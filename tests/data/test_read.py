@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tuoling import environment
 from tuoling.data.read import guess, read_rows
 from tuoling.data.sources import Source
 from tuoling.errors import DataError
@@ -317,3 +318,101 @@ def test_lines_of_a_real_array_are_where_the_rows_start(shared_data):
     for row in read_rows(Source(str(path))):
         assert text[row.place.line - 1].strip() == "{"
         assert json.dumps(row.record["instruction"], ensure_ascii=False) in text[row.place.line]
+
+
+def test_the_column_of_a_cut_row_is_counted_from_its_own_line(tmp_path):
+    cut = '{"instruction":"未完","outp'
+    path = write(tmp_path / "cut.json", "[\n" + lines(ROWS[:1]).rstrip() + ",\n" + cut)
+    last = list(read_rows(Source(str(path))))[-1]
+    assert last.place.line == 3
+    assert f"(line 3, column {cut.index('outp')})" in last.problems[0].message
+    one_line = json.dumps(ROWS[:3], ensure_ascii=False)[:-12]
+    last = list(read_rows(Source(str(write(path, one_line)))))[-1]
+    assert f"(line 1, column {one_line.rindex(': ') + 3})" in last.problems[0].message
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "CSV (;)"), ("|", "CSV (|)")])
+def test_a_table_may_stand_between_semicolons_or_bars(tmp_path, delimiter, name):
+    text = f'question{delimiter}answer\n你好吗{delimiter}"很好{delimiter}谢谢\n你呢"\n在吗{delimiter}在\n'
+    path = write(tmp_path / "excel.csv", text)
+    assert read(path) == [(2, f"很好{delimiter}谢谢\n你呢"), (4, "在")]
+    assert guess(Source(str(path))).container.startswith(name)
+    prose = write(tmp_path / "prose.txt", f"春天{delimiter}花开\n夏天{delimiter}雨落\n")
+    assert guess(Source(str(prose))).format == "text"
+
+
+def test_a_table_of_one_column_is_read_by_its_header(tmp_path):
+    path = write(tmp_path / "one.csv", 'text\n"第一段\n第二行"\n第二段\n')
+    rows = list(read_rows(Source(str(path))))
+    assert [(row.place.line, row.record) for row in rows] == [
+        (2, {"text": "第一段\n第二行"}),
+        (4, {"text": "第二段"}),
+    ]
+
+
+def test_a_line_separator_inside_a_cell_does_not_end_the_row(tmp_path):
+    path = write(tmp_path / "a.csv", "问一,答\u2028一\n问二,答二\n")
+    assert read(path) == [(1, "答\u2028一"), (2, "答二")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "Git LFS pointer"),
+        ("<!DOCTYPE html>\n<html><body>404</body></html>\n", "web page"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(tmp_path, text, said):
+    path = write(tmp_path / "rows.jsonl", text)
+    with pytest.raises(DataError, match=said):
+        guess(Source(str(path)))
+
+
+def test_a_web_page_may_be_read_as_text_when_asked_for(tmp_path):
+    path = write(tmp_path / "page.html", "<html>\n</html>\n")
+    assert len(list(read_rows(Source(str(path), format="text")))) == 2
+
+
+def test_text_under_a_name_that_says_json_is_pointed_at(tmp_path):
+    path = write(tmp_path / "rows.jsonl", "第一行\n第二行\n")
+    flags = [[flag.code for flag in row.flags] for row in read_rows(Source(str(path)))]
+    assert flags == [["not_json_inside"], []]
+
+
+def test_a_first_line_that_is_no_json_does_not_turn_the_rows_into_text(tmp_path):
+    path = write(tmp_path / "rows.jsonl", "# 说明\n" + lines())
+    rows = list(read_rows(Source(str(path))))
+    assert rows[0].problems[0].code == "not_json" and rows[0].place.line == 1
+    assert [row.conversation.answer for row in rows[1:] if row.conversation] == answers()
+
+
+def test_a_stray_nul_is_a_bad_row_and_not_a_binary_file(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines(ROWS[:2]) + '{"instruction": "a\0b", "output": "c"}\n')
+    rows = list(read_rows(Source(str(path))))
+    assert [(row.place.line, [p.code for p in row.problems]) for row in rows] == [
+        (1, []),
+        (2, []),
+        (3, ["not_json"]),
+    ]
+
+
+def test_keys_in_capitals_are_read_where_plain_ones_are_not_there(tmp_path):
+    path = write(tmp_path / "rows.csv", "Question,Answer\n一,1\n二,\n")
+    rows = list(read_rows(Source(str(path))))
+    assert [row.format for row in rows] == ["question_answer"] * 2
+    assert rows[0].conversation is not None and rows[0].conversation.answer == "1"
+    assert rows[1].problems[0].field == "answer"
+
+
+def test_what_the_decoder_says_is_said_in_chinese(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "language", lambda: "zh")
+    deep = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+    path = write(tmp_path / "rows.jsonl", lines(ROWS[:1]) + '{"a" 1}\n' + deep + "\n")
+    messages = [row.problems[0].message for row in read_rows(Source(str(path))) if row.problems]
+    assert "这里应为冒号（第 2 行第 6 列）" in messages[0] and "嵌套太深" in messages[1]
+
+
+def test_rows_that_are_the_values_of_one_object_are_pointed_at(tmp_path):
+    path = write(tmp_path / "rows.json", json.dumps({"1": ROWS[0], "2": ROWS[1]}))
+    (row,) = read_rows(Source(str(path)))
+    assert "2 values of one object" in row.problems[0].message

@@ -167,3 +167,34 @@ def test_an_unknown_format_lists_the_known(tmp_path):
     with pytest.raises(DataError) as caught:
         resolve_sources([str(path)], format="alpacca")
     assert "alpaca" in caught.value.remedy
+
+
+def test_a_file_of_a_folder_that_should_hold_rows_and_cannot_be_read_is_named(tmp_path, capsys):
+    jsonl(tmp_path / "rows.jsonl", [ROW])
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "settings.json").write_text('{\n "learning_rate": 1\n}')
+    resolve_sources([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'empty.json'}: the file is empty" in said and "settings.json:" not in said
+
+
+def test_a_path_in_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "data" / "train.jsonl", [ROW])
+    with pytest.raises(DataError, match="no such file"):
+        resolve_sources(["data/train"])
+    assert resolve_sources(["elsewhere/train"])[0].hub == "elsewhere/train"
+
+
+def test_a_sample_of_no_rows_is_a_wrong_call(tmp_path):
+    with pytest.raises(UsageError, match="0 rows"):
+        resolve_sources([f"{jsonl(tmp_path / 'rows.jsonl', [ROW])}#0"])
+
+
+def test_a_web_page_is_taken_as_text_only_when_that_is_asked_for(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<html>\n</html>\n")
+    with pytest.raises(DataError, match="web page"):
+        resolve_sources([str(page)])
+    (source,) = resolve_sources([str(page)], format="text")
+    assert len(list(read_rows(source))) == 2

@@ -102,10 +102,21 @@ def test_split_convert_and_check_again(rows, tmp_path):
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert (report["train_rows"], report["test_rows"], report["bad"]) == (35, 4, 1)
-    result = run("convert", tmp_path / "parts", "--to", "conversations", "--out", tmp_path / "all.json")
+    result = run(
+        "convert", tmp_path / "parts", "--to", "conversations", "--out", tmp_path / "all.json", "--json"
+    )
     assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert (report["rows"], report["written"], report["formats"]) == (39, 39, {"alpaca": 39})
     assert len(json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))) == 39
     assert run("check", tmp_path / "all.json").exit_code == 0
+
+
+def test_converted_questions_without_answers_are_counted_and_said(tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "问"}\n{"question": "问", "answer": "答"}\n', encoding="utf-8")
+    result = run("convert", asked, "--to", "messages", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 0 and "1 of them are questions without an answer" in result.stderr
 
 
 def test_test_rows_larger_than_the_data(rows, tmp_path):

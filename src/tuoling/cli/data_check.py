@@ -205,7 +205,7 @@ def _show(report: CheckReport) -> None:
         )
         share = report.total.bad / report.total.rows
         bad = tr(
-            f"{report.total.bad} bad rows ({share:.2%}): {verdict}",
+            f"bad rows: {report.total.bad} ({share:.2%}), {verdict}",
             f"不合格 {report.total.bad} 行（{share:.2%}）：{verdict}",
         )
         console.out.print(bad)
@@ -258,7 +258,7 @@ def _show_counts(report: CheckReport) -> None:
             listed = ", ".join(
                 f"{key} {count}" for key, count in sorted(counts.items(), key=lambda kv: -kv[1])
             )
-            console.out.print(f"{name}: {listed}", markup=False)
+            console.out.print(f"{name}{tr(': ', '：')}{listed}", markup=False)
     for name, count in report.untrained.items():
         console.out.print(
             tr(
@@ -281,12 +281,16 @@ def _show_lengths(report: CheckReport) -> None:
     histogram = lengths["lengths"]
     if not histogram["rows"]:
         return
-    unit = tr("tokens", "token") if report.unit == "tokens" else tr("characters", "字符")
+    unit = (
+        tr("tokens a row", "每行的 token 数")
+        if report.unit == "tokens"
+        else tr("characters a row", "每行的字符数")
+    )
     console.out.print(
         tr(
-            f"{unit} a row: median {histogram['median']}, 95% {histogram['p95']}, 99% {histogram['p99']}, "
+            f"{unit}: median {histogram['median']}, 95% {histogram['p95']}, 99% {histogram['p99']}, "
             f"longest {histogram['max']}",
-            f"每行{unit}数：中位 {histogram['median']}，95% {histogram['p95']}，99% {histogram['p99']}，"
+            f"{unit}：中位 {histogram['median']}，95% {histogram['p95']}，99% {histogram['p99']}，"
             f"最长 {histogram['max']}",
         )
     )
@@ -298,4 +302,4 @@ def _show_lengths(report: CheckReport) -> None:
             console.out.print(f"  {entry['from']:>6}{end:<7} {bar} {entry['rows']}")
     if lengths["kept"]:
         kept = ", ".join(f"{limit}: {share:.1%}" for limit, share in lengths["kept"].items())
-        console.out.print(tr(f"rows kept at {kept}", f"各长度上限下保留的比例 {kept}"))
+        console.out.print(tr(f"rows kept at {kept}", f"各长度上限下保留的比例：{kept}"))

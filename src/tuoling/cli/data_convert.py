@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -42,11 +41,18 @@ def command(
     sources = resolve_sources(files, format=format, columns=parse_columns(columns))
     report = convert(sources, to=to, out=out, force=force)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), ensure_ascii=False, default=str))  # noqa: T201
+        print(json.dumps(vars(report), ensure_ascii=False, default=str))  # noqa: T201
         return
     console.out.print(f"{report.out}: {report.written}", markup=False)
     formats = ", ".join(f"{name} {count}" for name, count in report.formats.items())
     console.note(tr(f"read {report.rows} rows ({formats})", f"读入 {report.rows} 行（{formats}）"))
+    if report.unanswered:
+        console.note(
+            tr(
+                f"{report.unanswered} of them are questions without an answer: to predict from, not to train on",
+                f"其中 {report.unanswered} 行只有问题、没有回答：可用于预测，不能训练",
+            )
+        )
     if report.bad:
         console.warn(
             tr(

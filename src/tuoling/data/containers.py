@@ -11,12 +11,15 @@ from typing import Literal, TextIO
 from tuoling.data.encoding import HEAD_BYTES, READ_ERRORS, Encoding, detect_encoding, open_text, read_head
 from tuoling.data.json_stream import Raw, read_json_lines, read_json_values
 from tuoling.data.row import Problem
-from tuoling.data.tables import Table, read_parquet, read_table, sniff_table
+from tuoling.data.tables import DELIMITERS, Table, read_parquet, read_table, sniff_table
+from tuoling.errors import DataError
 from tuoling.language import tr
 
 Kind = Literal["json_lines", "json_values", "table", "text", "text_blocks", "parquet"]
 
 _ARRAY_START = re.compile(r'\[\s*(?:[{\]\["]|$|-?\d)')
+_WEB_PAGE = re.compile(r"<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_JSON_NAME = re.compile(r"\.(json|jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 _TABLE_NAME = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
 
 
@@ -40,7 +43,7 @@ class Container:
         }.get(self.kind, "")
         if self.table is None:
             return kind if self.kind == "parquet" else f"{kind}{tr(', ', '，')}{self.encoding.words}"
-        name = "TSV" if self.table.delimiter == "\t" else "CSV"
+        name = DELIMITERS[self.table.delimiter]
         header = tr("with a header", "有表头") if self.table.header else tr("without a header", "无表头")
         columns = ", ".join(self.table.columns)
         return tr(
@@ -57,10 +60,13 @@ def sniff(path: str, *, format: str | None = None, columns: Mapping[str, str] | 
     head = read_head(path, encoding)
     complete = len(head) < HEAD_BYTES
     start = head.lstrip("\ufeff \t\r\n")
+    _refuse_stand_ins(path, start, format)
     if start.startswith("{"):
         return Container("json_lines" if _is_json_lines(start, complete) else "json_values", encoding)
     if _ARRAY_START.match(start) and not _is_bracketed_text(start):
         return Container("json_values", encoding)
+    if "\n{" in start and format not in ("text", "text_blocks") and _is_json_lines(start, complete):
+        return Container("json_lines", encoding)  # below a first line that is no row
     if format == "text_blocks":
         return Container("text_blocks", encoding)
     named = tuple((columns or {}).values())
@@ -70,6 +76,25 @@ def sniff(path: str, *, format: str | None = None, columns: Mapping[str, str] | 
         if table is not None:
             return Container("table", encoding, table)
     return Container("text", encoding)
+
+
+def _refuse_stand_ins(path: str, start: str, format: str | None) -> None:
+    """Raise DataError for what a failed download leaves in the place of the data."""
+    if start.startswith("version https://git-lfs"):
+        raise DataError(
+            tr("a Git LFS pointer, not the data itself", "这是 Git LFS 指针，不是数据本身"),
+            where=path,
+            remedy=tr("run `git lfs pull` where it was cloned", "在克隆的仓库里运行 git lfs pull"),
+        )
+    if format not in ("text", "text_blocks") and _WEB_PAGE.match(start):
+        raise DataError(
+            tr("a web page, not rows", "这是网页，不是数据行"),
+            where=path,
+            remedy=tr(
+                "download the file itself, or read it as text with --format text",
+                "请下载文件本身；若就是要当纯文本读，加 --format text",
+            ),
+        )
 
 
 def _is_json_lines(start: str, complete: bool) -> bool:
@@ -109,15 +134,28 @@ def read_container(path: str, container: Container) -> Iterator[Raw]:
     if container.kind == "parquet":
         yield from read_parquet(path)
         return
+    flag = _not_what_it_is_named(path) if container.kind == "text" else None
     with open_text(path, container.encoding) as file:
         line = 0
         try:
             for raw in _rows(file, container):
                 line = raw[0]
-                yield raw
+                yield raw if flag is None else (*raw[:3], flag)
+                flag = None
         except READ_ERRORS as error:
-            message = tr(f"the gzip is cut after this line: {error}", f"gzip 在这一行之后被截断：{error}")
+            message = tr(f"the gzip is cut near here: {error}", f"gzip 在这附近被截断：{error}")
             yield line + 1, "", Problem("", "cut_file", message), None
+
+
+def _not_what_it_is_named(path: str) -> Problem | None:
+    """The flag of a file that says JSON by its name and holds none; its first row carries it."""
+    if not _JSON_NAME.search(path):
+        return None
+    message = tr(
+        "named JSON, but there is none in it: every line is read as plain text",
+        "文件名说是 JSON，内容却不是：每一行都按纯文本读取",
+    )
+    return Problem("", "not_json_inside", message)
 
 
 def _rows(file: TextIO, container: Container) -> Iterator[Raw]:

@@ -31,6 +31,8 @@ class ConvertReport:
     written: int = 0
     bad: int = 0
     unsaid: int = 0
+    unanswered: int = 0
+    """Written, but questions alone: to predict from, not to train on."""
     formats: Counter[str] = field(default_factory=Counter)
     first_bad: str | None = None
 
@@ -120,6 +122,7 @@ def convert(
                 text = json_line(record)
                 file.write((",\n" if report.written else "\n") + text.rstrip("\n") if as_array else text)
                 report.written += 1
+                report.unanswered += row.conversation.answer is None
         if as_array:
             file.write("\n]\n")
         if not report.written:

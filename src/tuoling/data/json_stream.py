@@ -34,6 +34,29 @@ def json_line(value: Any) -> str:
     return text + "\n"
 
 
+_IN_CHINESE = {
+    "Expecting value": "这里应为一个值",
+    "Expecting ',' delimiter": "这里应为逗号",
+    "Expecting ':' delimiter": "这里应为冒号",
+    "Expecting property name enclosed in double quotes": "这里应为双引号括起的键",
+    "Illegal trailing comma before end of object": "对象结尾前多了逗号",
+    "Illegal trailing comma before end of array": "数组结尾前多了逗号",
+    "Unterminated string starting at": "字符串没有结束，它始于这里",
+    "Invalid control character at": "字符串里有未转义的控制字符",
+    "Invalid \\escape": "反斜杠转义不合法",
+    "Invalid \\uXXXX escape": "\\uXXXX 转义不合法",
+    "Extra data": "一个值之后还有多余的内容",
+}
+
+
+def said(error: Exception) -> str:
+    """What the decoder says, in the user's language."""
+    if isinstance(error, RecursionError):
+        return tr("nested too deeply", "嵌套太深")
+    message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return tr(message, _IN_CHINESE.get(message.rstrip(": "), message))
+
+
 def not_json(message: str, *, line: int | None = None, column: int | None = None) -> Problem:
     """The problem of a row that does not parse."""
     where = "" if line is None else tr(f" (line {line}, column {column})", f"（第 {line} 行第 {column} 列）")
@@ -71,9 +94,8 @@ def _odd_line(number: int, line: str, error: Exception) -> Iterator[Raw]:
     except (ValueError, RecursionError):
         values = []
     if not values or not all(isinstance(value, dict) for value in values):
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         column = error.colno if isinstance(error, json.JSONDecodeError) else 1
-        yield number, text[:_EXCERPT], not_json(reason, line=number, column=column), None
+        yield number, text[:_EXCERPT], not_json(said(error), line=number, column=column), None
         return
     flag = Problem("", "json_syntax", tr("a comma after the row", "行尾多了逗号")) if comma else None
     for value in values:
@@ -90,6 +112,7 @@ class JsonValues:
         self._ended = False
         self._line = 1
         self._counted = 0
+        self._before = 0  # characters of the window's first line that were forgotten
         self._indent: str | None = None
         self._first_key = ""
 
@@ -128,6 +151,7 @@ class JsonValues:
         if self._ended:
             return False
         self._line_here()
+        self._before = self._column_of(self._at) - 1
         rest = self._window[self._at :]
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._ended = not chunk
@@ -138,6 +162,11 @@ class JsonValues:
         self._line += self._window.count("\n", self._counted, self._at)
         self._counted = self._at
         return self._line
+
+    def _column_of(self, at: int) -> int:
+        """The 1-based column of a place in the window."""
+        newline = self._window.rfind("\n", 0, at)
+        return at - newline if newline >= 0 else self._before + at + 1
 
     def _peek(self) -> str:
         """The next character that is no space, or "" at the end."""
@@ -156,21 +185,23 @@ class JsonValues:
             except json.JSONDecodeError as error:
                 # "Unterminated string" names the string's start, so it may only be the window that ends
                 at_edge = error.msg.startswith("Unterminated") or error.pos >= len(self._window) - 16
-                if at_edge and len(self._window) - self._at < _WINDOW_LIMIT and self._more():
+                if at_edge and not self._ended and len(self._window) - self._at < _WINDOW_LIMIT:
+                    self._more()  # also at the file's end: the window moves, and the error's place with it
                     continue
                 return None, self._broken(error, at_edge)
             except (ValueError, RecursionError) as error:
-                return None, not_json(str(error))
+                return None, not_json(said(error), line=self._line_here(), column=self._column_of(self._at))
             self._at = end
             return value, None
 
     def _broken(self, error: json.JSONDecodeError, at_edge: bool) -> Problem:
         line = self._line_here() + self._window.count("\n", self._at, error.pos)
-        column = error.pos - self._window.rfind("\n", 0, error.pos)
+        column = self._column_of(error.pos)
         if at_edge and self._ended and "\n" not in self._window[error.pos :].strip():
-            cut = tr(f"{error.msg}; the file ends inside this row", f"{error.msg}；文件在这一行中间结束")
+            reason = said(error)
+            cut = tr(f"{reason}; the file ends inside this row", f"{reason}；文件在这一条数据中间结束")
             return not_json(cut, line=line, column=column)
-        return not_json(error.msg, line=line, column=column)
+        return not_json(said(error), line=line, column=column)
 
     def _after(self, in_array: bool) -> Problem | None:
         """Read over the comma; a flag where it is missing, or where nothing but the end follows it."""

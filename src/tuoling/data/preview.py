@@ -75,7 +75,10 @@ def preview(
     if problems or row.conversation is None:
         return Preview(str(row.place), row.format, (), unit, problems=problems, flags=flags)
     try:
-        segments = template.render(row.conversation, learn=learn, train_on_inputs=train_on_inputs)
+        if row.conversation.answer is None and not row.conversation.is_plain_text:
+            segments = template.prompt(row.conversation)  # a question alone: what a model is asked
+        else:
+            segments = template.render(row.conversation, learn=learn, train_on_inputs=train_on_inputs)
     except TemplateError as error:
         return Preview(str(row.place), row.format, (), unit, problems=(error.problem,), flags=flags)
     runs = _token_runs(segments, tokenizer) if tokenizer else _character_runs(segments)

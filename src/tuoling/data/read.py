@@ -40,10 +40,10 @@ class Guess:
     @property
     def words(self) -> str:
         """One line for people."""
-        columns = f" ({' → '.join(self.columns)})" if self.columns else ""
+        names = " → ".join(self.columns)
         return tr(
-            f"{self.path}: {self.container}; format {self.format}{columns}",
-            f"{self.path}：{self.container}；格式 {self.format}{columns}",
+            f"{self.path}: {self.container}; format {self.format}" + (f" ({names})" if names else ""),
+            f"{self.path}：{self.container}；格式 {self.format}" + (f"（{names}）" if names else ""),
         )
 
 
@@ -127,6 +127,8 @@ class _RowReader:
         except RowError as error:
             return Row(place, UNKNOWN, None, (error.problem,), value, flags)
         format = self._fixed or self._detect(record)
+        if format is None and (folded := _folded(record)) is not None:
+            record, format = folded, self._detect(folded)
         if format is None:
             return Row(place, UNKNOWN, None, (_no_format(record),), value, flags)
         try:
@@ -198,6 +200,12 @@ class _RowReader:
         return {"role": speakers.get(role, role), "content": text}
 
 
+def _folded(record: Record) -> Record | None:
+    """The record with `Instruction` and ` Answer ` as `instruction` and `answer`; None where that changes nothing."""
+    folded = {str(key).strip().casefold(): value for key, value in record.items()}
+    return folded if len(folded) == len(record) and list(folded) != list(record) else None
+
+
 def _no_format(record: Record) -> Problem:
     wrapped = next(
         (
@@ -214,6 +222,12 @@ def _no_format(record: Record) -> Problem:
             f"数据似乎在 `{wrapped}` 里（{rows} 条）：请把这个列表单独存成文件",
         )
         return Problem(wrapped, "unknown_format", message)
+    if len(record) > 1 and all(isinstance(value, Mapping) for value in record.values()):
+        message = tr(
+            f"the rows seem to be the {len(record)} values of one object: save them as a list",
+            f"数据似乎是同一个对象里的 {len(record)} 个值：请把它们存成列表",
+        )
+        return Problem("", "unknown_format", message)
     keys = ", ".join(f"`{key}`" for key in list(record)[:12]) or tr("none", "无")
     return Problem(
         "",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tuoling.console import note
+from tuoling.console import note, warn
 from tuoling.data.containers import sniff
 from tuoling.data.encoding import missing_file
 from tuoling.errors import DataError, UsageError
@@ -106,7 +106,7 @@ def resolve_sources(
     """
     found: list[Source] = []
     for spec in specs:
-        found += _resolve(str(spec), Path(dataset_dir) if dataset_dir else None, seed)
+        found += _resolve(str(spec), Path(dataset_dir) if dataset_dir else None, seed, format)
     for name in dataset_names:
         found.append(_registered(_registry_path(dataset_dir), str(name), seed))
     if not found:
@@ -126,10 +126,14 @@ def resolve_sources(
     return found
 
 
-def _resolve(spec: str, dataset_dir: Path | None, seed: int) -> list[Source]:
+def _resolve(spec: str, dataset_dir: Path | None, seed: int, format: str | None) -> list[Source]:
     path, sample = spec, None
     if not Path(spec).exists() and (match := _SAMPLE.fullmatch(spec)):
         path, sample = match[1], int(match[2])
+        if sample == 0:
+            raise UsageError(
+                tr("a sample of 0 rows is asked for", "抽样行数是 0"), where=spec, remedy=f"{path}#500"
+            )
     place = Path(path).expanduser()
     if place.is_dir():
         sources = _walk(place)
@@ -139,7 +143,9 @@ def _resolve(spec: str, dataset_dir: Path | None, seed: int) -> list[Source]:
             replace(source, sample=sample or source.sample, seed=seed) for source in _whole_registry(place)
         ]
     if place.exists():
-        sniff(str(place))  # a missing, empty or binary file is said now, before anything is done
+        sniff(
+            str(place), format=format
+        )  # a missing, empty or binary file is said now, before anything is done
         return [Source(str(place), sample=sample, seed=seed)]
     if dataset_dir is not None and (dataset_dir / REGISTRY).is_file():
         entries = _read_registry(dataset_dir / REGISTRY)
@@ -147,9 +153,9 @@ def _resolve(spec: str, dataset_dir: Path | None, seed: int) -> list[Source]:
             return [replace(_registered(dataset_dir / REGISTRY, path, seed), sample=sample, seed=seed)]
         if (dataset_dir / path).exists():
             return _resolve(
-                str(dataset_dir / path) + (f"#{sample}" if sample is not None else ""), None, seed
+                str(dataset_dir / path) + (f"#{sample}" if sample is not None else ""), None, seed, format
             )
-    if _HUB_ID.fullmatch(path) and not _DATA_NAME.search(path):
+    if _HUB_ID.fullmatch(path) and not _DATA_NAME.search(path) and not Path(path).parent.is_dir():
         return [Source(path, hub=path, sample=sample, seed=seed)]
     raise missing_file(path)
 
@@ -203,6 +209,9 @@ def _walk(folder: Path) -> list[Source]:
                 "请给 JSON、JSONL、CSV、TSV、文本或 Parquet 文件",
             ),
         )
+    for name in skipped:
+        if _DATA_NAME.search(name) and (why := _unreadable(folder / name)):
+            warn(tr(f"{folder / name}: {why}", f"{folder / name}：{why}"))
     if skipped:
         shown = ", ".join(skipped[:5]) + (" …" if len(skipped) > 5 else "")
         note(
@@ -212,6 +221,15 @@ def _walk(folder: Path) -> list[Source]:
             )
         )
     return [replace(sources[0], skipped=tuple(skipped)), *sources[1:]]
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why no row can be read from the file: it is empty, binary, a pointer; None for one that is only no data."""
+    try:
+        sniff(str(path))
+    except DataError as error:
+        return error.problem
+    return None
 
 
 def _is_data(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from tuoling.errors import DataError, MissingPackage
 from tuoling.language import tr
 
 _CELL_LIMIT = 1 << 24
+DELIMITERS = {"\t": "TSV", ",": "CSV", ";": "CSV (;)", "|": "CSV (|)"}
+"""What cells stand between, the most telling first, and what such a file is called."""
+
 _KNOWN = {
     "instruction", "input", "output", "system", "history", "target", "question", "answer", "prompt", "response",
     "query", "completion", "ask", "text", "content", "title", "department", "id", "label", "context", "chosen",
     "rejected", "predict", "class", "category", "problem", "solution", "q", "a", "name", "type", "std_answer",
     "问题", "回答", "答案", "提问", "问", "答", "指令", "输入", "输出", "科室", "标题", "文本", "类别",
 }  # fmt: skip
-_WITHOUT_HEADER = {1: ("text",), 2: ("question", "answer"), 3: ("instruction", "input", "output")}
+_WITHOUT_HEADER = {2: ("question", "answer"), 3: ("instruction", "input", "output")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +44,37 @@ def sniff_table(
     named: columns the user speaks of; `likely`: the file's name says it is a table, which only breaks ties.
     A first row of known (or named) column names is a header. Without one, every row must have the same number of
     cells; tabs are believed from the first row on, commas (they stand in prose too) only with quotes around cells,
-    names, or `likely`.
+    names, or `likely`; semicolons and bars only below a header or with `likely`. One column needs a header and
+    `likely`.
     """
-    for delimiter in ("\t", ","):
+    for delimiter in DELIMITERS:
         rows = _first_rows(head, delimiter, complete)
-        if not rows or len(rows[0]) < 2:
+        if not rows:
             continue
         first = [cell.strip().lstrip("\ufeff") for cell in rows[0]]
+        if len(first) < 2:
+            if likely and delimiter == "," and _is_lone_header(first[0], rows):
+                return Table(delimiter, tuple(first), True)
+            continue
         header = _is_header(first, named)
         widths = {len(row) for row in rows}
         if header and (len(rows) == 1 or sum(len(row) == len(first) for row in rows) * 2 > len(rows)):
             return Table(delimiter, tuple(first), True)
         numbered = bool(named) and all(name.isdigit() for name in named)
         believed = (
-            delimiter == "\t" or likely or numbered or (len(rows) > 1 and head.lstrip().startswith('"'))
+            delimiter == "\t"
+            or likely
+            or numbered
+            or (delimiter == "," and len(rows) > 1 and head.lstrip().startswith('"'))
         )
         if len(widths) == 1 and believed:
             names = _WITHOUT_HEADER.get(len(first), ()) if not numbered else ()
             return Table(delimiter, names or tuple(str(i + 1) for i in range(len(first))), False)
     return None
+
+
+def _is_lone_header(name: str, rows: list[list[str]]) -> bool:
+    return name.lower() in _KNOWN and all(len(row) == 1 for row in rows)
 
 
 def _is_header(cells: list[str], named: Sequence[str]) -> bool:
@@ -77,7 +93,7 @@ def _first_rows(head: str, delimiter: str, complete: bool) -> list[list[str]]:
     csv.field_size_limit(_CELL_LIMIT)
     rows = []
     try:
-        for row in csv.reader(head.splitlines(keepends=True), delimiter=delimiter):
+        for row in csv.reader(io.StringIO(head), delimiter=delimiter):
             if any(cell.strip() for cell in row):
                 rows.append(row)
             if len(rows) > 200:
@@ -91,7 +107,7 @@ def read_table(file: TextIO, table: Table) -> Iterator[Raw]:
     """One record a row: quotes and line ends inside cells are read; a row of another width is a bad one."""
     csv.field_size_limit(_CELL_LIMIT)
     quotes, last = 0, ""
-    opened = re.compile(rf'(?:^|{table.delimiter})"')
+    opened = re.compile(rf'(?:^|{re.escape(table.delimiter)})"')
 
     def counted() -> Iterator[str]:
         nonlocal quotes, last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -69,10 +70,11 @@ def turns_of_messages(record: Record, field: str) -> tuple[Turn, ...]:
             role = ROLES.get(str(name).strip().casefold())
             if role is None:
                 where = f"{field}[{index}].{role_key}"
+                shown = json.dumps(name, ensure_ascii=False, default=str)[:40]
                 raise RowError(
                     where,
                     "unknown_role",
-                    tr(f"`{where}` is {name!r}, no role known here", f"`{where}` 是 {name!r}，不认识的角色"),
+                    tr(f"`{where}` is {shown}, no role known here", f"`{where}` 是 {shown}，不认识的角色"),
                 )
         text = entry[text_key]
         if type(text) is not str:

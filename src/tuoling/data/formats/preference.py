@@ -60,6 +60,9 @@ def _parse(record: Record) -> Conversation:
     for field, side in (("chosen", chosen), (rejected_field, rejected)):
         if not side or not side[-1].text.strip():
             raise RowError(field, "empty_answer", tr(f"`{field}` is empty", f"`{field}` 为空"))
+    if [turn.text for turn in chosen] == [turn.text for turn in rejected]:
+        message = tr(f"`{rejected_field}` says the same as `chosen`", f"`{rejected_field}` 与 `chosen` 相同")
+        raise RowError(rejected_field, "same_answers", message)
     question = _question(record)
     if not question and len(chosen) == 1:  # BELLE's reward rows: the template is already applied
         return _templated(chosen[0].text)
