@@ -101,6 +101,7 @@ def test_html_page(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     parsed = _Learned()
     parsed.feed(page)
     assert parsed.learned == "<b>&答</s>"
+    assert f"width:{one.learned / one.tokens:.1%}" in page
     assert "script" not in parsed.tags and "b" not in parsed.tags
     assert "prefers-color-scheme: dark" in page and "Noto Sans CJK SC" in page
 

@@ -206,34 +206,46 @@ _STYLE = """
 body { background: var(--back); color: var(--text); margin: 0 auto; max-width: 52rem; padding: 2rem 1rem;
   font: 16px/1.7 "PingFang SC", "Hiragino Sans GB", "Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei",
   "WenQuanYi Micro Hei", system-ui, sans-serif; }
-h1 { font-size: 1.3rem; } h2 { font-size: .95rem; font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; }
+h2 { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; font-size: .95rem;
+  font-weight: 600; margin: 0 0 .75rem; padding-bottom: .5rem; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; }
 h2 small, footer, .legend { color: var(--dim); font-weight: 400; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; padding: 1rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: baseline; margin: 0; }
+.legend strong { color: var(--text); font-weight: 600; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 1.25rem 0;
+  padding: .75rem 1.25rem; }
 .rendered { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--dim); }
-.learned { background: var(--learned-back); color: var(--learned); border-radius: 3px; }
+.learned, .key { background: var(--learned-back); color: var(--learned); border-radius: 4px; padding: .1em 0;
+  box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+.key { padding: 0 .5em; }
 .special { color: var(--special); font-family: ui-monospace, Consolas, monospace; font-size: .85em;
-  border: 1px solid currentColor; border-radius: 3px; padding: 0 .25em; }
+  border: 1px solid currentColor; border-radius: 3px; padding: 0 .25em; margin: 0 .1em; }
 .learned.special { color: var(--learned); font-weight: 600; }
 .ids { color: var(--dim); font: .75em ui-monospace, Consolas, monospace; }
-.bad { color: var(--bad); } .flag { color: var(--flag); } footer { font-size: .85rem; margin-top: .5rem; }
+.bad { color: var(--bad); } .flag { color: var(--flag); }
+footer { display: flex; align-items: center; gap: .75rem; font-size: .85rem; margin-top: .75rem; }
+.share { flex: 0 0 7rem; height: .4rem; border-radius: .2rem; background: var(--line); overflow: hidden; }
+.share i { display: block; height: 100%; background: var(--learned); }
 """
 
 
 def to_html(previews: Sequence[Preview], *, template: str, ids: bool = False) -> str:
     """One page that opens offline, in light and dark."""
     title = tr("What is learned", "模型学到的是什么")
-    legend = tr(
-        "Green is learned; boxes are special tokens; grey is only read.",
-        "绿色部分会被学习；方框是特殊 token；灰色部分只读不学。",
+    legend = (
+        f"<span>{tr('template', '模板')} <strong>{html.escape(template)}</strong></span>"
+        f'<span class="key">{tr("learned", "会被学习")}</span>'
+        f"<span>{tr('only read', '只读不学')}</span>"
+        f'<span><span class="special">&lt;s&gt;</span> {tr("a special token", "特殊 token")}</span>'
     )
     sections = "\n".join(_section(shown, ids) for shown in previews)
     language = tr("en", "zh-CN")
-    heading = html.escape(tr(f"template {template}", f"模板 {template}"))
     return (
         f'<!doctype html>\n<html lang="{language}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{title}</h1>\n<p class="legend">{heading}. {legend}</p>\n{sections}\n</body>\n</html>\n'
+        f'<h1>{title}</h1>\n<p class="legend">{legend}</p>\n{sections}\n</body>\n</html>\n'
     )
 
 
@@ -250,7 +262,9 @@ def _section(shown: Preview, ids: bool) -> str:
     notes = [f'<p class="bad">{html.escape(problem)}</p>' for problem in shown.problems]
     notes += [f'<p class="flag">{html.escape(flag)}</p>' for flag in shown.flags]
     place, format_ = html.escape(shown.place), html.escape(shown.format)
-    footer = f"<footer>{html.escape(summary(shown))}</footer>" if shown.runs else ""
+    share = f"{shown.learned / max(1, shown.tokens):.1%}"
+    bar = f'<span class="share" title="{share}"><i style="width:{share}"></i></span>'
+    footer = f"<footer>{bar}<span>{html.escape(summary(shown))}</span></footer>" if shown.runs else ""
     return (
         f"<section>\n<h2>{place} <small>{format_}</small></h2>\n{''.join(notes)}"
         f'<div class="rendered">{"".join(runs)}</div>\n{footer}\n</section>'
