@@ -87,8 +87,9 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_device(asked: str = "auto") -> str:
-    """`auto` → cuda, then mps, then cpu; anything else is returned as it is."""
+    """`auto` → cuda, then mps, then cpu; anything else as it is. Raises UsageError where there is no such device."""
     if asked != "auto":
+        _require_device(asked)
         return asked
     import torch
 
@@ -97,6 +98,30 @@ def pick_device(asked: str = "auto") -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def _require_device(asked: str) -> None:
+    if asked == "cpu":
+        return
+    import torch
+
+    from tuoling.errors import UsageError
+    from tuoling.language import tr
+
+    if asked.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = int(asked.partition(":")[2] or 0) < count
+    else:
+        there = asked != "mps" or torch.backends.mps.is_available()
+    if not there:
+        raise UsageError(
+            tr(f"this machine has no device {asked}", f"这台机器上没有设备 {asked}"),
+            where=f"device={asked}",
+            remedy=tr(
+                "device=auto; `tuoling doctor` shows what there is",
+                "device=auto；`tuoling doctor` 会列出可用设备",
+            ),
+        )
 
 
 def pick_dtype(asked: str, device: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +141,27 @@ def test_ctrl_c_is_130_and_a_closed_pipe_is_quiet(fake: Any) -> None:
     fake(close)
     result = invoke("fake")
     assert (result.exit_code, result.output) == (0, "")
+
+
+def test_sigterm_unwinds_as_an_exception_does(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_away = []
+
+    def terminated() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            put_away.append(True)
+
+    fake(terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["tuoling", "fake"])
+    try:
+        with pytest.raises(SystemExit) as left:
+            main.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143 and put_away == [True]
 
 
 def run_fresh(code: str, language: str) -> str:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from tuoling import environment
 from tuoling.cli import doctor
 from tuoling.cli.main import app
+from tuoling.errors import UsageError
 
 INSTALLED = {"gptqmodel": "7.6.0", "numpy": "2.3.0"}
 
@@ -45,6 +46,11 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
     monkeypatch.setattr(environment, "pick_device", broken)
     result = CliRunner().invoke(app, ["doctor"])
     assert "torch cannot be used: libcudart.so is missing" in result.stdout
+
+
+def test_a_device_that_is_not_there_is_a_wrong_call() -> None:
+    with pytest.raises(UsageError, match="no device cuda:99"):
+        environment.pick_device("cuda:99")
 
 
 def test_the_hub_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,77 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
+def test_a_gradient_that_is_no_number_spoils_nothing(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, calls = loop.batch_loss, iter(range(100))
+
+    def steep(*args: Any) -> torch.Tensor:
+        loss = good(*args)
+        if next(calls) == 2:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(loop, "batch_loss", steep)
+    with pytest.raises(TrainingError, match="gradient of step 3 is nan"):
+        run(tmp_path, bloom, save_steps=3)
+    assert checkpoints(tmp_path / "run") == []
+
+
+def state_of(folder: Path) -> tuple[str, str | None]:
+    said = json.loads((folder / "run.json").read_text())
+    return said["status"], said.get("error")
+
+
+def test_ctrl_c_while_the_end_is_saved_lets_it_be_saved(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = loop.finish
+
+    def pressed(*args: Any, **keys: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*args, **keys)
+
+    monkeypatch.setattr(loop, "finish", pressed)
+    result = run(tmp_path, bloom, max_steps=1)
+    assert state_of(result.path) == ("finished", None) and (result.path / "README.md").is_file()
+
+
+def test_a_stop_before_the_first_step_is_told_and_leaves_no_weights(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = loop.SampleOrder
+
+    def pressed(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return begin(*args)
+
+    monkeypatch.setattr(loop, "SampleOrder", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, bloom)
+    assert state_of(tmp_path / "run") == ("failed", "stopped before it was saved")
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_weights_are_the_last_file_to_be_put_at_the_top(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, best: bool
+) -> None:
+    """A run that is killed while its end is moved has all it needs beside the weights, or no weights."""
+    moved: list[str] = []
+    replace = Path.replace
+
+    def watch(file: Path, target: Path) -> Path:
+        if file.parent.name == ".final":
+            moved.append(file.name)
+        return replace(file, target)
+
+    monkeypatch.setattr(Path, "replace", watch)
+    run(tmp_path, bloom, max_steps=1, val_size=4, load_best_model_at_end=best)
+    assert moved[-1] == "adapter_model.safetensors" and "template.json" in moved
+    assert not (tmp_path / "run" / ".final").exists()
+
+
 def test_a_full_folder_is_refused_and_can_be_moved_aside(tmp_path: Path, bloom: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import time
 import traceback
@@ -325,12 +326,19 @@ def root(
     """Options of the program itself; `--debug` is taken out of the words before they come here."""
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM leaves as an exception does, so that half-made files are put away and a run says how it ended."""
+    console.note(tr("stopped by SIGTERM", "已由 SIGTERM 终止"))
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows terminals start in a code page
             stream.reconfigure(encoding="utf-8", errors="replace")
     environment.quiet_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
     app()
 
 

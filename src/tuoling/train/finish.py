@@ -35,7 +35,8 @@ def finish(
     """
     best = done.best
     if best is not None:
-        _copy_from(run.path / best["checkpoint"], run.path)
+        checkpoint = run.path / best["checkpoint"]
+        _save_at_top(run.path, lambda folder: _copy_weights(checkpoint, folder))
         say(
             tr(
                 f"best held-out loss {best['eval_loss']:.4f} at step {best['step']}: these weights are kept",
@@ -58,19 +59,28 @@ def finish(
 
 
 def _save_at_top(run: Path, save_weights: SaveWeights) -> None:
-    """Save into a folder of its own first: a full disk leaves the run as it was."""
+    """Save into a folder of its own first: a full disk leaves the run as it was.
+
+    The weights are moved last, since a run that has them at the top counts as whole: killed before that, it has none.
+    """
     staging = run / ".final"
     with files.atomic_folder(staging) as temporary:
         save_weights(temporary)
-    for file in staging.iterdir():
-        if file.name == files.MANIFEST:
-            file.unlink()
-        else:
-            file.replace(run / file.name)
+    (staging / files.MANIFEST).unlink()
+    for file in sorted(staging.iterdir(), key=_order_of_moving):
+        file.replace(run / file.name)
     staging.rmdir()
 
 
-def _copy_from(checkpoint: Path, run: Path) -> None:
+def _order_of_moving(file: Path) -> tuple[int, str]:
+    """Small files, then shards of weights, then the one file without which there are none."""
+    rank = {".safetensors": 1, ".bin": 1}.get(file.suffix, 0)
+    alone = rank and "-of-" not in file.name
+    return (2 if alone or file.name.endswith(".index.json") else rank, file.name)
+
+
+def _copy_weights(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint without what only a checkpoint needs. Raises OutputError where it cannot be written."""
     for file in checkpoint.iterdir():
         if file.name not in _OF_A_CHECKPOINT:
-            shutil.copyfile(file, run / file.name)
+            shutil.copyfile(file, folder / file.name)

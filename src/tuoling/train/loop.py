@@ -87,13 +87,14 @@ def train(
     run = RunFolder(folder, record)
     try:
         parts = assemble(setup, run, record, say)
-        done = fit(setup, run, parts)
-        parts.fast.uninstall()
-        parts.accelerator.end_training()
-        status = "interrupted" if done.step < setup.plan.total_steps else "finished"
-        results = finish(run, setup, done, status=status, save_weights=parts.save_weights, say=say)
+        with Interrupt() as interrupt:
+            done = fit(setup, run, parts, interrupt)
+            parts.fast.uninstall()
+            parts.accelerator.end_training()
+            status = "interrupted" if done.step < setup.plan.total_steps else "finished"
+            results = finish(run, setup, done, status=status, save_weights=parts.save_weights, say=say)
     except BaseException as error:
-        run.set_status("failed", error=str(error) or type(error).__name__)
+        run.fail(error)
         raise
     return RunResult(folder, status, results)
 
@@ -118,12 +119,15 @@ def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable
     return Parts(accelerator, model, fast, optimizer, weight_saver(model, setup))
 
 
-def fit(setup: Setup, run: RunFolder, parts: Parts) -> Progress:
-    """Step until the plan is done or the user interrupts; evaluate, log and save on the way."""
+def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Progress:
+    """Step until the plan is done or the user interrupts; evaluate, log and save on the way.
+
+    Raises KeyboardInterrupt where nothing has been trained yet that could be saved.
+    """
     config, plan, done = setup.config, setup.plan, Progress()
     order = SampleOrder(len(setup.train), config.seed)
     parts.model.train()
-    with run.metrics() as metrics, Interrupt() as interrupt, console.progress() as bar:
+    with run.metrics() as metrics, console.progress() as bar:
         task = bar.add_task(tr("training", "训练中"), total=plan.total_steps, detail="")
         while done.step < plan.total_steps and not interrupt.asked:
             began = time.perf_counter()
@@ -134,7 +138,7 @@ def fit(setup: Setup, run: RunFolder, parts: Parts) -> Progress:
                 parts.fast, parts.optimizer, parts.accelerator, batches, config.max_grad_norm
             )
             row = note_step(done, setup, batches, loss, grad_norm, rate, time.perf_counter() - began)
-            if not math.isfinite(loss):
+            if not step_is_finite(parts.accelerator, loss, grad_norm):
                 raise not_finite(run, setup, batches, row)
             bar.update(
                 task, completed=done.step, detail=f"loss {loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s"
@@ -146,6 +150,8 @@ def fit(setup: Setup, run: RunFolder, parts: Parts) -> Progress:
             log_step(run, parts.accelerator, row, config.logging_steps, last)
             if improved(done, config, row) or (done.step % plan.save_steps == 0 and not last):
                 _save(setup, run, parts, done)
+    if done.step == 0:
+        raise KeyboardInterrupt
     return done
 
 
@@ -184,7 +190,7 @@ def train_step(
     """One optimizer step. Returns (mean loss in nats per learned token, gradient norm before clipping).
 
     Every micro-batch gives a sum; the sums are divided once, by the learned tokens of all of them, so that
-    8 x 1 and 1 x 8 rows give the same gradient. A loss that is not finite changes no weight.
+    8 x 1 and 1 x 8 rows give the same gradient. A loss or a gradient that is not finite changes no weight.
     """
     learned = sum(batch.num_learned for batch in batches)
     total = 0.0
@@ -196,10 +202,15 @@ def train_step(
     mean = total / learned
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
-    if math.isfinite(mean):
+    if step_is_finite(accelerator, mean, float(norm)):
         optimizer.step()
     optimizer.zero_grad()
     return mean, float(norm)
+
+
+def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> bool:
+    """Whether a step may change the weights. A gradient that overflows under loss scaling is the scaler's to skip."""
+    return math.isfinite(loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
 
 
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:

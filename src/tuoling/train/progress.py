@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -123,14 +124,19 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
 
 
 def not_finite(run: RunFolder, setup: Setup, batches: Sequence[Batch], row: dict[str, Any]) -> TrainingError:
-    """Save the rows of the step whose loss is not a number, and say where they are."""
+    """Save the rows of the step whose loss or gradient is not a number, and say where they are."""
     path = run.path / "nonfinite_rows.json"
     places = [setup.train.store.place(index) for batch in batches for index in batch.rows]
-    files.write_json(path, {"step": row["step"], "loss": str(row["loss"]), "rows": places})
+    found = {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
+    files.write_json(path, {"step": row["step"], **found, "rows": places})
+    if math.isfinite(row["loss"]):
+        what, was = tr("gradient", "梯度"), row["grad_norm"]
+    else:
+        what, was = tr("loss", "损失"), row["loss"]
     return TrainingError(
         tr(
-            f"the loss of step {row['step']} is {row['loss']}: the run stops before it spoils the weights",
-            f"第 {row['step']} 步的损失是 {row['loss']}：在权重被破坏之前停止训练",
+            f"the {what} of step {row['step']} is {was}: the run stops before it spoils the weights",
+            f"第 {row['step']} 步的{what}是 {was}：在权重被破坏之前停止训练",
         ),
         where=str(path),
         remedy=tr(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,14 @@ class RunFolder:
         """Write run.json again with its state: running, finished, interrupted or failed."""
         self._manifest = {**self._manifest, "status": status, **more}
         files.write_json(self.path / "run.json", self._manifest)
+
+    def fail(self, error: BaseException) -> None:
+        """Say in run.json why the run ended. On a full disk the file stays as it was: the error itself matters more."""
+        why = str(error) or type(error).__name__
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            why = tr("stopped before it was saved", "保存之前被中断")
+        with suppress(OutputError):
+            self.set_status("failed", error=why)
 
     @contextmanager
     def metrics(self) -> Iterator[Any]:
