@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from tests.stories260k import build_stories260k
 
 from tuoling.api import Model, load
-from tuoling.models.adapters import lora_target_names
 from tuoling.text.conversation import Conversation, Turn
 
 
@@ -54,33 +51,3 @@ def test_answer_stops_at_the_context(model: Model) -> None:
     )[0]
     assert reply.prompt_tokens + reply.completion_tokens <= 512
     assert reply.finish_reason in ("length", "stop")
-
-
-def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids).logits
-    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-
-
-def test_one_lora_step_lowers_the_loss_on_held_text(folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from tuoling.models.load import find_model, load_model, load_tokenizer
-
-    source = find_model(folder)
-    tokenizer = load_tokenizer(source)
-    torch.manual_seed(0)
-    base: Any = load_model(source, dtype="fp32", device="cpu", for_training=True)
-    model = get_peft_model(
-        base, LoraConfig(r=8, lora_alpha=16, target_modules=lora_target_names(base), task_type="CAUSAL_LM")
-    )
-    story = "The robot Zog lived on the moon. Zog liked to eat rocks. One day Zog met a robot named Pim. "
-    learned = torch.tensor([tokenizer.hf.encode(story * 2)])
-    held = torch.tensor([tokenizer.hf.encode("Zog and Pim lived on the moon. Pim liked to eat rocks too.")])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    with torch.no_grad():
-        before = _loss(model, held).item()
-    _loss(model, learned).backward()
-    optimizer.step()
-    with torch.no_grad():
-        after = _loss(model, held).item()
-    assert after < before - 0.01
