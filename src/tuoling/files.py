@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,10 +19,18 @@ from tuoling.language import tr
 MANIFEST = "manifest.json"
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def disk_full(error: BaseException) -> bool:
+    """Whether any library's error says that the disk is full; those of safetensors and tokenizers carry no errno."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+
+
+def cannot_write(path: Path | str | None, error: BaseException) -> OutputError:
+    """What the user is told when `path` cannot be written."""
+    why = getattr(error, "strerror", None) or error
+    full = tr("the disk is full", "磁盘已满")
     return OutputError(
-        tr(f"cannot write: {error.strerror or error}", f"无法写入：{error.strerror or error}"),
-        where=str(path),
+        full if disk_full(error) else tr(f"cannot write: {why}", f"无法写入：{why}"),
+        where=None if path is None else str(path),
         remedy=tr("choose another place, or free the disk", "换一个位置，或清理磁盘"),
     )
 
@@ -47,7 +56,7 @@ def atomic_write(path: Path | str, *, binary: bool = False) -> Iterator[IO[Any]]
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     temporary = Path(name)
     try:
         with os.fdopen(
@@ -63,7 +72,7 @@ def atomic_write(path: Path | str, *, binary: bool = False) -> Iterator[IO[Any]]
         temporary.replace(path)
         _fsync_dir(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,7 +90,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         yield temporary
         write_manifest(temporary)
@@ -92,8 +101,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o755)
         temporary.rename(path)
         _fsync_dir(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    except Exception as error:
+        if isinstance(error, OSError) or disk_full(error):
+            raise cannot_write(path, error) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -105,7 +116,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def sha256_file(path: Path | str) -> str:

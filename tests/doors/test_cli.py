@@ -122,6 +122,16 @@ def test_a_defect_leaves_its_traceback_in_a_file(fake: Any) -> None:
     assert text.startswith("tuoling fake --word x\n") and "ZeroDivisionError" in text and "'torch'" in text
 
 
+def test_a_full_disk_is_no_defect(fake: Any) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    fake(full)
+    result = invoke("fake")
+    assert result.exit_code == 1 and "the disk is full" in result.stderr and "metrics.jsonl" in result.stderr
+    assert "defect" not in result.stderr
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(fake: Any) -> None:
     fake(lambda: 1 // 0)
     for words in (["--debug", "fake"], ["fake", "--debug"]):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tuoling.errors import OutputError
 from tuoling.train.checkpoint import (
     checkpoints,
     load_optimizer,
@@ -50,6 +52,34 @@ def test_optimizer_and_random_state_come_back_bit_for_bit(tmp_path: Path) -> Non
     for parameter in model.parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(fresh.state[parameter][key], optimizer.state[parameter][key])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),  # safetensors'
+    ],
+)
+def test_a_full_disk_leaves_no_checkpoint_and_is_called_by_its_name(tmp_path: Path, error: Exception) -> None:
+    model, optimizer = stepped()
+
+    def full(folder: Path) -> None:
+        (folder / "weights.pt").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(OutputError, match="the disk is full") as told:
+        save_checkpoint(
+            tmp_path / "checkpoint-1",
+            save_weights=full,
+            model=model,
+            optimizer=optimizer,
+            trainer_state="{}",
+            position={},
+        )
+    assert told.value.where == str(tmp_path / "checkpoint-1") and list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:

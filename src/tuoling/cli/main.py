@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import tuoling.cli
-from tuoling import console, environment
+from tuoling import console, environment, files
 from tuoling.errors import TuolingError, UsageError
 from tuoling.language import tr
 
@@ -212,6 +212,10 @@ def _report(error: Exception, words: list[str], debug: bool) -> int:
     if isinstance(error, TuolingError):
         console.show_error(error)
         return error.exit_code
+    if files.disk_full(error):
+        full = files.cannot_write(getattr(error, "filename", None), error)
+        console.show_error(full)
+        return full.exit_code
     if _is_call_error(error):
         return _report_call_error(error)
     return _report_defect(error, words, debug)

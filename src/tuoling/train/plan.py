@@ -156,12 +156,18 @@ class Plan:
         if self.disk_bytes + DISK_RESERVE_BYTES > free:
             raise OutputError(
                 tr(
-                    f"the run will write about {self.disk_bytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
-                    f"本次训练约需写入 {self.disk_bytes / 2**30:.2f} GiB，磁盘只剩 {free / 2**30:.2f} GiB",
+                    f"the run will write about {_mib(self.disk_bytes)}, {_mib(DISK_RESERVE_BYTES)} are to stay free, "
+                    f"and {_mib(free)} are free",
+                    f"本次训练约需写入 {_mib(self.disk_bytes)}，另需留出 {_mib(DISK_RESERVE_BYTES)}，"
+                    f"磁盘只剩 {_mib(free)}",
                 ),
                 where=str(folder),
                 remedy=tr("free the disk, or lower save_total_limit", "清理磁盘，或调小 save_total_limit"),
             )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f} MiB"
 
 
 def make_plan(
