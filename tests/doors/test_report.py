@@ -51,12 +51,13 @@ def test_bad_input(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     for path, says in (
-        (empty, "no loss to draw"),
+        (empty, "no loss in it"),
         (broken, "not JSON"),
         (tmp_path / "no", "no such file"),
         (tmp_path / "metrics.jsonl", "no such file"),
     ):
         result = report(path)
         assert result.exit_code == 1 and says in result.stderr, result.output
+        assert path.name in result.stderr and "training_loss.png" not in result.stderr
         assert result.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "trainer_state.json"]

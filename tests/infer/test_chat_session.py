@@ -97,6 +97,21 @@ def test_turns_add_up_and_answers_stand_on_lines_of_their_own() -> None:
     assert (out, code, session.turns) == ("1:你好\n3:再见\n", 0, 2)
 
 
+def test_an_answer_cannot_steer_the_terminal() -> None:
+    """Window titles, colours and cursor moves are made of control characters; a pipe gets the text as it is."""
+    asked = "\x1b]0;mine\x07红\x9b31m\t好"
+    shown, _, _ = talk(ParrotEngine(), asked, interactive=True)
+    assert shown == "1:␛]0;mine␇红\ufffd31m\t好\n"
+    assert talk(ParrotEngine(), asked)[0] == f"1:{asked}\n"
+
+
+def test_retry_without_sampling_says_why_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(ParrotEngine(), "甲\n/retry\n")
+    assert "/set temperature=0.8" in capsys.readouterr().err
+    talk(ParrotEngine(), "/set temperature=0.8\n甲\n/retry\n")
+    assert "stays the same" not in capsys.readouterr().err
+
+
 def test_new_undo_retry_system_and_exit() -> None:
     engine = ParrotEngine()
     out, code, _ = talk(

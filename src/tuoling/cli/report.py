@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuoling import console
+from tuoling.errors import DataError
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -44,8 +45,14 @@ def command(
 
     rows = plots.read_history(run)
     target = out or (run if run.is_dir() else run.parent) / "training_loss.png"
+    series = plots.history(rows)
+    if not series.loss and not series.eval_loss:
+        raise DataError(
+            tr("no loss in it: no row has a step and a loss", "里面没有损失：没有一行同时有 step 和 loss"),
+            where=str(run),
+        )
     plots.loss_plot(rows, target)
-    found = summary(plots.history(rows))
+    found = summary(series)
     found["picture"] = str(target)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))

@@ -73,12 +73,13 @@ def command(
         print(json.dumps({"run": str(result.path), "status": result.status, **result.results}))  # noqa: T201
         return
     done = result.results
+    speed = f"{done['tokens_per_s']:,.0f} tokens/s" if done["tokens_per_s"] else ""  # one step is not timed
     console.out.print(
         tr(
             f"{result.status}: loss {done['train_loss_first']:.4f} → {done['train_loss_last']:.4f}, "
-            f"{done['steps']} steps, {done['tokens_per_s'] or 0:,.0f} tokens/s, peak {done['peak_rss_gib']:.2f} GiB",
+            f"{done['steps']} steps, {speed and speed + ', '}peak {done['peak_rss_gib']:.2f} GiB",
             f"{'完成' if result.status == 'finished' else '已中断'}：损失 {done['train_loss_first']:.4f} → "
-            f"{done['train_loss_last']:.4f}，{done['steps']} 步，{done['tokens_per_s'] or 0:,.0f} tokens/s，"
+            f"{done['train_loss_last']:.4f}，{done['steps']} 步，{speed and speed + '，'}"
             f"内存峰值 {done['peak_rss_gib']:.2f} GiB",
         )
     )

@@ -33,6 +33,10 @@ def help_text() -> str:
     return "\n".join([*(f"  {name:<16} {what}" for name, what in rows), f"  {keys}"])
 
 
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # C1: some terminals obey these too
+
+
 class Terminal:
     """Runs a session over lines of text. `run` returns the exit code."""
 
@@ -97,7 +101,7 @@ class Terminal:
         with closing(self._session.ask(question, cancel=cancel)) as pieces:
             try:
                 for piece in pieces:
-                    self._out.write(piece.text)
+                    self._out.write(visible(piece.text) if self._interactive else piece.text)
                     self._out.flush()
                     if piece.reply is not None and piece.reply.finish_reason == "length":
                         cut_at = piece.reply.completion_tokens
@@ -136,6 +140,13 @@ class Terminal:
         question = self._session.retry()
         if question is None:
             raise UsageError(tr("nothing to answer again", "没有可以重新回答的问题"))
+        if not self._session.settings.samples:
+            console.note(
+                tr(
+                    "(without sampling the answer stays the same; /set temperature=0.8 samples)",
+                    "（未开启采样，回答不会变；/set temperature=0.8 开启采样）",
+                )
+            )
         self._answer(question)
 
     def _undo(self, rest: str) -> None:
@@ -149,6 +160,11 @@ class Terminal:
         path = Path(rest).expanduser()
         self._session.save(path)
         console.note(tr(f"appended to {path}", f"已追加到 {path}"))
+
+
+def visible(text: str) -> str:
+    """Control characters as their pictures (␛ for ESC): what a model says must not steer the user's terminal."""
+    return text.translate(_PICTURES)
 
 
 def warn_idle(session: ChatSession) -> None:
