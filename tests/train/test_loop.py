@@ -237,6 +237,17 @@ def test_weights_are_the_last_file_to_be_put_at_the_top(
     assert not (tmp_path / "run" / ".final").exists()
 
 
+def test_run_json_says_how_many_rows_were_too_long_and_their_share(tmp_path: Path, bloom: Path) -> None:
+    rows = [
+        *sum_rows(6),
+        {"instruction": "长" * 500, "output": "好"},
+        {"instruction": "短", "output": "长" * 500},
+    ]
+    result = run(tmp_path, bloom, rows, overlong="drop", max_seq_len=200, max_steps=1)
+    notes = json.loads((result.path / "run.json").read_text())["notes"]
+    assert any("2 over-long rows dropped, 25.0% of all" in note for note in notes)
+
+
 def test_a_full_folder_is_refused_and_can_be_moved_aside(tmp_path: Path, bloom: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")

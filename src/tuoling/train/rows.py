@@ -106,10 +106,11 @@ def _store_notes(report: StoreReport) -> list[str]:
             )
         )
     if report.dropped_overlong:
+        share = report.dropped_overlong / report.rows
         lines.append(
             tr(
-                f"{report.dropped_overlong:,} over-long rows dropped",
-                f"去掉 {report.dropped_overlong:,} 条超长数据",
+                f"{report.dropped_overlong:,} over-long rows dropped, {share:.1%} of all; a larger max_seq_len keeps more",
+                f"去掉 {report.dropped_overlong:,} 条超长数据，占 {share:.1%}；调大 max_seq_len 可以保留更多",
             )
         )
     if report.cut:
