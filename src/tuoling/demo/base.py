@@ -1,0 +1,96 @@
+"""A tokenizer and a small model from nothing: random weights in a folder like any other model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FamilyName = Literal["bloom", "llama"]
+
+SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
+UNK, BOS, EOS, PAD = range(4)
+
+_NUMERALS = "零一二两三四五六七八九十百"
+PIECES = rf"[0-9{_NUMERALS}]| ?[A-Za-z]+|\n*(?:(?![{_NUMERALS}])[\u4e00-\u9fff])+:?|.|\n"
+"""Digits and Chinese numerals stand alone, so that 37 + 25 is computed from 3, 7, 2 and 5, never looked up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Shape of the demo model. `spread`: standard deviation of its first weights, about 1/sqrt(hidden)."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocabulary: int = 1024
+    spread: float = 0.08
+
+
+def train_tokenizer(texts: Iterable[str], alphabet: str, *, vocabulary: int) -> Any:
+    """A BPE tokenizer (of `tokenizers`) over whole characters: a few hundred of them, then frequent words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIALS[UNK], fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(set(alphabet)),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_blank_model(folder: Path, tokenizer: Any, *, family: FamilyName, size: Size, seed: int) -> int:
+    """Write tokenizer, config and random weights; returns the number of parameters."""
+    import torch
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    words = tokenizer.get_vocab_size()
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    torch.manual_seed(seed)
+    model: Any
+    if family == "bloom":
+        model = BloomForCausalLM(
+            BloomConfig(
+                vocab_size=words,
+                hidden_size=size.hidden,
+                n_layer=size.layers,
+                n_head=size.heads,
+                initializer_range=size.spread,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                **ids,
+            )
+        )
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=words,
+                hidden_size=size.hidden,
+                intermediate_size=3 * size.hidden,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
+                num_key_value_heads=size.heads,
+                max_position_embeddings=512,
+                initializer_range=size.spread,
+                tie_word_embeddings=True,
+                **ids,
+            )
+        )
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIALS, strict=True)),
+    ).save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
