@@ -301,3 +301,23 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path, bloom: Path) -> None:
     assert json.loads((again.path / "adapter_config.json").read_text())["r"] == 4
     base = json.loads((again.path / "template.json").read_text())["base"]["path"]
     assert Path(base) == bloom.resolve()
+
+
+def test_fp16_of_a_config_for_a_gpu_gives_way_on_a_cpu(tmp_path: Path, bloom: Path) -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU: fp16 is what it trains in")
+    result = run(tmp_path, bloom, dtype="fp16", device="auto", max_steps=1)
+    manifest = json.loads((result.path / "run.json").read_text())
+    assert manifest["dtype"] in ("bf16", "fp32")
+    assert any("fp16" in note for note in manifest["notes"])
+
+
+def test_a_disk_too_small_leaves_the_old_folder_where_it_is(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    monkeypatch.setattr("tuoling.environment.disk_free_bytes", lambda _: 10_000)
+    with pytest.raises(OutputError):
+        run(tmp_path, bloom, overwrite_output_dir=True)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "precious"

@@ -77,10 +77,10 @@ def train(
     """
     setup = prepare(config, say=say, notes=notes)
     folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
+    setup.plan.require_disk(folder)
     moved = claim(folder, overwrite=config.overwrite_output_dir)
     if moved:
         say(moved)
-    setup.plan.require_disk(folder)
     if show_plan:
         show_plan(setup)
     record = manifest(setup, environment.versions(), environment.machine())

@@ -60,16 +60,7 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
 
     config.require("model_name_or_path", "data")
     device = environment.pick_device(config.device)
-    dtype = environment.pick_dtype(config.dtype, device)
-    if dtype == "fp16" and device == "cpu":
-        raise ConfigError(
-            tr(
-                "fp16 is not trained on a CPU: it is slow and overflows there",
-                "CPU 上不用 fp16 训练：又慢又容易溢出",
-            ),
-            where="dtype=fp16",
-            remedy="dtype=auto",
-        )
+    dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
     source = _find_source(config)
     if source.is_adapter:
@@ -131,6 +122,29 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         dtype=dtype,
         notes=kept,
     )
+
+
+def _pick_dtype(config: RunConfig, device: str, say: Say) -> str:
+    """The precision of the run. fp16 in a config written for a GPU gives way on a CPU, and that is said."""
+    if config.dtype != "fp16" or device != "cpu":
+        return environment.pick_dtype(config.dtype, device)
+    if config.device == "cpu":
+        raise ConfigError(
+            tr(
+                "fp16 is not trained on a CPU: it is slow and overflows there",
+                "CPU 上不用 fp16 训练：又慢又容易溢出",
+            ),
+            where="dtype=fp16",
+            remedy="dtype=auto",
+        )
+    dtype = environment.pick_dtype("auto", device)
+    say(
+        tr(
+            f"fp16 is for a GPU and there is none here: training in {dtype}",
+            f"fp16 用于显卡，这里没有显卡：改用 {dtype} 训练",
+        )
+    )
+    return dtype
 
 
 def _find_source(config: RunConfig) -> ModelSource:
