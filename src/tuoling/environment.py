@@ -174,11 +174,15 @@ def peak_rss_gib() -> float:
 
 
 def disk_free_bytes(path: Path) -> int:
-    """Free space on the file system that holds `path` or its nearest existing parent."""
+    """Free space on the file system that holds `path` or its nearest existing parent.
+
+    One that counts no space at all (/proc, some network mounts) has as much as is asked of it.
+    """
     probe = path.absolute()
     while not probe.exists():
         probe = probe.parent
-    return shutil.disk_usage(probe).free
+    usage = shutil.disk_usage(probe)
+    return usage.free if usage.total else sys.maxsize
 
 
 def versions() -> dict[str, str]:
