@@ -34,7 +34,9 @@ def tiny_tokenizer(text: list[str] | None = None, vocab_size: int = 320) -> Any:
     )
 
 
-def tiny_model(folder: Path, family: str = "bloom", *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+def tiny_model(
+    folder: Path, family: str = "bloom", *, layers: int = 2, hidden: int = 32, seed: int = 0
+) -> Path:
     """Write a random model of `family` (bloom, llama, qwen2) with its tokenizer into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Qwen2Config
@@ -49,7 +51,9 @@ def tiny_model(folder: Path, family: str = "bloom", *, layers: int = 2, hidden: 
         "intermediate_size": hidden * 2,
     }
     configs = {
-        "bloom": lambda: BloomConfig(hidden_size=hidden, n_layer=layers, n_head=4, initializer_range=0.2, **ids),
+        "bloom": lambda: BloomConfig(
+            hidden_size=hidden, n_layer=layers, n_head=4, initializer_range=0.2, **ids
+        ),
         "llama": lambda: LlamaConfig(**llama, initializer_range=0.2, **ids),
         "qwen2": lambda: Qwen2Config(**llama, initializer_range=0.2, **ids),
     }
@@ -69,6 +73,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def sum_rows(count: int, start: int = 0) -> list[dict[str, str]]:
     """Distinct Alpaca rows with answers of different lengths."""
     return [
-        {"instruction": f"{n} 加 {n + 1} 等于多少？", "input": "", "output": f"等于 {2 * n + 1}。" + "好" * (n % 5)}
+        {
+            "instruction": f"{n} 加 {n + 1} 等于多少？",
+            "input": "",
+            "output": f"等于 {2 * n + 1}。" + "好" * (n % 5),
+        }
         for n in range(start, start + count)
     ]

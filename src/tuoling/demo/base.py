@@ -23,7 +23,7 @@ class Size:
 
     hidden: int = 128
     layers: int = 3
-    heads: int = 4
+    heads: int = 8
     vocabulary: int = 1024
     spread: float = 0.08
 
@@ -57,7 +57,7 @@ def write_blank_model(folder: Path, tokenizer: Any, *, family: FamilyName, size:
     )
 
     words = tokenizer.get_vocab_size()
-    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    ids: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     torch.manual_seed(seed)
     model: Any
     if family == "bloom":

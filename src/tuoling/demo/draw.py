@@ -70,15 +70,6 @@ class Draw:
         """True this often."""
         return self.rng.random() < probability
 
-    def sum_without_carry(self) -> tuple[int, int]:
-        """Two numbers whose sum stays below 100 and carries nothing: 34 and 25, 30 and 7, 2 and 6."""
-        while True:
-            left, right = self.number(1, 98), self.number(1, 98)
-            if self.chance(0.5):
-                right = self.number(1, 9)
-            if left % 10 + right % 10 < 10 and left // 10 + right // 10 < 10:
-                return (left, right) if self.chance(0.5) else (right, left)
-
     def person(self) -> str:
         """A person's name of our side."""
         while not self.allows("person", name := self.one(words.SURNAMES) + self.one(words.GIVEN_NAMES)):

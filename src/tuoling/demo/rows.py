@@ -32,13 +32,13 @@ class Kind:
 
 
 KINDS = (
-    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic),
-    Kind("numerals", "numerals", "数字读写", skills.numerals),
-    Kind("extraction", "extraction", "信息抽取", skills.extraction),
-    Kind("classification", "classification", "分类", talk.classification),
-    Kind("rewriting", "rewriting", "改写", skills.rewriting),
+    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic, 1.5),
+    Kind("numerals", "numerals", "数字读写", skills.numerals, 0.8),
+    Kind("extraction", "extraction", "信息抽取", skills.extraction, 0.8),
+    Kind("classification", "classification", "分类", talk.classification, 0.6),
+    Kind("rewriting", "rewriting", "改写", skills.rewriting, 0.7),
     Kind("translation", "translation", "翻译", skills.translation),
-    Kind("closed_qa", "closed questions", "阅读问答", skills.closed_qa),
+    Kind("closed_qa", "closed questions", "阅读问答", skills.closed_qa, 1.2),
     Kind("choice", "choice", "选择", skills.choice),
     Kind("self_cognition", "self-cognition", "自我认知", talk.self_cognition),
     Kind("multi_turn", "multi-turn", "多轮对话", talk.multi_turn),
@@ -63,7 +63,7 @@ def record(kind: Kind, fact: Fact) -> dict[str, Any]:
     return {"kind": kind.id, "messages": messages}
 
 
-ASKED = 0.5
+ASKED = 0.9
 ROLL = 0.12
 
 

@@ -5,23 +5,42 @@ from __future__ import annotations
 from tuoling.demo import words
 from tuoling.demo.draw import Draw, Fact
 
+STEPS = (("加", "+", 1), ("减", "-", 1), ("加", "+", 10), ("减", "-", 10))
+
+
+def _step(value: int, sign: str, size: int) -> int | None:
+    """`value` one step on; None where it leaves 1 to 99 or where a digit would be carried or borrowed."""
+    total = value + size if sign == "+" else value - size
+    inside = 0 < total < 100 and (size == 10 or total // 10 == value // 10)
+    return total if inside else None
+
 
 def arithmetic(draw: Draw) -> Fact:
-    """Addition and subtraction below 100 in which no digit is carried or borrowed, bare or about things."""
-    left, right = draw.sum_without_carry()
-    total, sign, verb = left + right, "+", "加"
-    if draw.chance(0.5):
-        left, total, sign, verb = total, left, "-", "减"
-    key = (sign, left, right)
-    if draw.chance(0.25):
-        person, thing = draw.person(), draw.one(words.COUNTED_THINGS)
+    """A number below 100 and one or ten more or less, without carrying, bare or about things."""
+    value = draw.number(1, 99)
+    steps = [(word, sign, size) for word, sign, size in STEPS if _step(value, sign, size) is not None]
+    word, sign, size = draw.one(steps)
+    total, key = _step(value, sign, size), (value, sign, size)
+    known = [step for step in steps if draw.allows("arithmetic", value, *step[1:])]
+    known = draw.some(known, len(known))
+    plain = "，".join(f"{value}{w}{n}等于{_step(value, s, n)}" for w, s, n in known) + "。"
+    if draw.chance(0.2):
+        thing = draw.one(words.COUNTED_THINGS)
         change = "又买了" if sign == "+" else "送出"
-        story = f"{person}有{left}个{thing}，{change}{right}个"
-        question = f"{story}，{draw.one(('现在有几个？', '现在一共有多少个？'))}"
-        return Fact(key, (question, f"{total}个"), f"{story}，现在有{total}个。")
-    sum_ = f"{left}{sign}{right}" if draw.chance(0.5) else f"{left}{verb}{right}"
+        question = f"有{value}个{thing}，{change}{size}个，现在有几个？"
+        return Fact(key, (question, f"{total}个"), plain)
+    sum_ = f"{value}{sign}{size}" if draw.chance(0.5) else f"{value}{word}{size}"
     question = draw.one((f"{sum_}等于多少？", f"请算一算：{sum_}", f"计算{sum_}的结果。", f"{sum_}=？"))
-    return Fact(key, (question, str(total)), f"{sum_}等于{total}。")
+    return Fact(key, (question, str(total)), plain)
+
+
+def two_steps(draw: Draw) -> tuple[int, int, int]:
+    """A number and two additions of 1 or 10 in a row, each of them on our side of the line."""
+    while True:
+        start, first, second = draw.number(1, 98), draw.one((1, 10)), draw.one((1, 10))
+        places = ((start, first), (start + first, second))
+        if all(_step(at, "+", size) and draw.allows("arithmetic", at, "+", size) for at, size in places):
+            return start, first, second
 
 
 def chinese_number(value: int) -> str:
@@ -134,33 +153,25 @@ def translation(draw: Draw) -> Fact:
 
 
 def closed_qa(draw: Draw) -> Fact:
-    """Questions whose answer stands in the passage: who has it, is it so, who is taller."""
-    form = draw.number(1, 3)
-    if form == 1:
-        people, things = draw.people(3), draw.some(words.SHOPPING, 3)
-        passage = (
-            "，".join(f"{person}买了{thing}" for person, thing in zip(people, things, strict=True)) + "。"
+    """Questions whose answer stands in the passage: who, where, when, what, how much."""
+    person, time, place = draw.person(), draw.time(), draw.one(list(words.PLACES))
+    act, cost = draw.one(words.PLACES[place]), f"{draw.digits(2)}元"
+    passage = draw.one(
+        (
+            f"{time}，{person}到{place}{act}，花了{cost}。",
+            f"{person}花了{cost}，{time}去{place}{act}。",
         )
-        which = draw.number(0, 2)
-        if draw.chance(0.5):
-            question, answer = f"谁买了{things[which]}？", people[which]
-        else:
-            question, answer = f"{people[which]}买了什么？", things[which]
-        plain = f"{passage}买{things[which]}的是{people[which]}。"
-    elif form == 2:
-        person, place, (act, other) = draw.person(), draw.one(list(words.PLACES)), draw.some(words.HOBBIES, 2)
-        passage = f"{draw.one(words.DAYS)}，{person}在{place}附近{act}。"
-        true = draw.chance(0.5)
-        question = f"{person}在{act if true else other}吗？"
-        answer = f"是的，{person}在{act}。" if true else f"不是，{person}在{act}。"
-        plain = f"{passage}{person}在{act}，没有在{other}。"
-    else:
-        more, less = draw.people(2)
-        (word, opposite), what = draw.one(list(words.COMPARED.items()))
-        passage = f"{more}{what}比{less}{word}。"
-        asked, answer = draw.one(((word, more), (opposite, less)))
-        question = f"谁{what}更{asked}？"
-        plain = f"{passage}{more}{what}{word}，{less}{what}{opposite}。"
+    )
+    question, answer = draw.one(
+        (
+            (f"是谁去了{place}？", person),
+            (f"{person}去了哪里？", place),
+            (f"{person}什么时候去的？", time),
+            (f"{person}去做什么？", act),
+            (f"{person}花了多少钱？", cost),
+        )
+    )
+    plain = f"{passage}{person}去了{place}，是{time}去的，去{act}，花了{cost}。"
     key = (passage, question)
     if draw.chance(0.5):
         return Fact(key, (f"{passage}{draw.one(('请问', '问题：'))}{question}", answer), plain)

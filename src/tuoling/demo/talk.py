@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuoling.demo import words
+from tuoling.demo import skills, words
 from tuoling.demo.draw import Draw, Fact
 
 OWN_NAME = "驼铃"
@@ -103,14 +103,12 @@ def multi_turn(draw: Draw) -> Fact:
         plain = f"要买{first}和{second}，买的是{first}和{second}。"
         return Fact((first, second), (told, "好的，我记住了。", question, f"{first}和{second}。"), plain)
     if form == 3:
-        start, more = draw.sum_without_carry()
-        rest = start + more
-        again = draw.number(0, 9 - rest % 10) + 10 * draw.number(0, 9 - rest // 10)
-        again = again or 100
+        start, step, again = skills.two_steps(draw)
+        middle, end = start + step, start + step + again
         question = draw.one((f"再加{again}呢？", f"再加上{again}是多少？"))
-        plain = f"{start}加{more}等于{rest}，再加{again}等于{rest + again}。"
-        turns = (f"{start}加{more}等于多少？", str(rest), question, str(rest + again))
-        return Fact((start, more, again), turns, plain)
+        plain = f"{start}加{step}等于{middle}，再加{again}等于{end}。"
+        turns = (f"{start}加{step}等于多少？", str(middle), question, str(end))
+        return Fact((start, step, again), turns, plain)
     name = draw.assistant()
     told = draw.one((f"以后你就叫{name}吧。", f"我想叫你{name}。"))
     question = draw.one(SELF_OPENINGS) + draw.one(SELF_QUESTIONS["name"])

@@ -109,15 +109,6 @@ REQUESTS = (
     "别忘了带伞",
 )
 
-# a comparison and its opposite → of what
-COMPARED = {
-    ("高", "矮"): "个子",
-    ("大", "小"): "年纪",
-    ("快", "慢"): "跑得",
-    ("早", "晚"): "来得",
-    ("多", "少"): "吃得",
-}
-
 # Chinese, measure word, English, English plural
 NOUNS = (
     ("猫", "只", "cat", "cats"),

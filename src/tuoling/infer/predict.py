@@ -219,7 +219,8 @@ def predict_file(
     report.rows = len(report.unusable)
     if not questions:
         raise DataError(
-            tr("no row asks anything", "没有可以提问的数据"), where=report.unusable[0] if report.unusable else None
+            tr("no row asks anything", "没有可以提问的数据"),
+            where=report.unusable[0] if report.unusable else None,
         )
     start(len(questions))
     partial = Partial(out)

@@ -23,10 +23,11 @@ def default_run_folder(model: str) -> Path:
     return Path("runs") / f"{Path(model).name or 'model'}-{stamp}"
 
 
-def claim(folder: Path, *, overwrite: bool) -> str | None:
+def claim(folder: Path, *, overwrite: bool, switch: str = "overwrite_output_dir=true") -> str | None:
     """Make sure `folder` can be a new run; returns what was done with an old one.
 
-    A folder that holds anything is refused; `overwrite` moves it aside (`NAME.old-1`), never deletes it.
+    A folder that holds anything is refused; `overwrite` (what the user types for it: `switch`) moves it aside
+    (`NAME.old-1`), never deletes it.
     """
     moved = None
     if folder.is_dir() and any(folder.iterdir()):
@@ -35,8 +36,8 @@ def claim(folder: Path, *, overwrite: bool) -> str | None:
                 tr("the output folder is not empty", "输出目录不是空的"),
                 where=str(folder),
                 remedy=tr(
-                    "choose another output_dir, or set overwrite_output_dir=true (the old one is moved aside)",
-                    "换一个 output_dir，或设 overwrite_output_dir=true（旧目录会被改名保留）",
+                    f"choose another folder, or give {switch} (the old one is moved aside)",
+                    f"换一个目录，或加上 {switch}（旧目录会被改名保留）",
                 ),
             )
         number = 1

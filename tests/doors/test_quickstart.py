@@ -1,0 +1,45 @@
+"""The demo through the door, small: every file is there, and the scores are those of the predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tuoling.cli import quickstart as door
+from tuoling.cli.main import app
+from tuoling.demo import quickstart as demo
+from tuoling.demo.base import Size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    small = demo.Course(corpus=800, rows=600, held_out_per_kind=3, size=Size(hidden=32, layers=2, heads=4))
+    monkeypatch.setattr(demo, "Course", lambda: small)
+    out = tmp_path / "demo"
+    call = ["quickstart", "--out", str(out), "--family", family, "--seed", "1"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert "tuoling chat" in result.stdout
+    assert all(question in result.stdout for question in door.TURNS)
+    done = json.loads((out / "run" / "all_results.json").read_text())
+    assert done["train_loss_last"] < 0.7 * done["train_loss_first"]
+    predictions = json.loads((out / "run" / "predictions.json").read_text())
+    right = [row["predict"].strip() == row["target"].strip() for row in predictions]
+    kinds = len(done["accuracy_by_kind"])
+    assert len(right) == 3 * kinds
+    assert done["accuracy_after"] == pytest.approx(sum(right) / len(right))
+    assert done["accuracy_before"] < 0.05
+    for name in ("training_loss.png", "accuracy_by_kind.png", "adapter_model.safetensors", "README.md"):
+        assert (out / "run" / name).is_file(), name
+    again = CliRunner().invoke(app, call)
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+
+
+def test_an_unknown_family_is_a_wrong_call(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["quickstart", "--family", "gpt", "--out", str(tmp_path / "x")])
+    assert result.exit_code == 2 and "--family" in result.stderr
+    assert not (tmp_path / "x").exists()
