@@ -17,7 +17,15 @@ from tuoling.demo.base import Size
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    small = demo.Course(corpus=800, rows=600, held_out_per_kind=3, size=Size(hidden=32, layers=2, heads=4))
+    usual, few = demo.Course(), {"per_device_train_batch_size": 8, "num_train_epochs": 1}
+    small = demo.Course(
+        corpus=800,
+        rows=600,
+        held_out_per_kind=3,
+        pretrain={**usual.pretrain, **few},
+        tune={**usual.tune, **few},
+        size=Size(hidden=32, layers=2, heads=4),
+    )
     monkeypatch.setattr(demo, "Course", lambda: small)
     out = tmp_path / "demo"
     call = ["quickstart", "--out", str(out), "--family", family, "--seed", "1"]
@@ -26,7 +34,7 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: s
     assert "tuoling chat" in result.stdout
     assert all(question in result.stdout for question in door.TURNS)
     done = json.loads((out / "run" / "all_results.json").read_text())
-    assert done["train_loss_last"] < 0.7 * done["train_loss_first"]
+    assert done["train_loss_last"] < done["train_loss_first"] - 0.1  # a few steps: it has begun to learn
     predictions = json.loads((out / "run" / "predictions.json").read_text())
     right = [row["predict"].strip() == row["target"].strip() for row in predictions]
     kinds = len(done["accuracy_by_kind"])

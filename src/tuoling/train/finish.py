@@ -52,9 +52,9 @@ def finish(
         file.write(model_card(setup, merged))
     run.set_status(status, results=results)
     if setup.config.plot_loss:
-        from tuoling.plots import loss_plot
+        from tuoling.plots import loss_plot, read_history
 
-        loss_plot(run.log_history, run.path / "training_loss.png")
+        loss_plot(read_history(run.path), run.path / "training_loss.png")
     return merged
 
 
