@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tuoling import console
+from tuoling.cli.data_check import Files
 from tuoling.errors import UsageError
 from tuoling.language import tr
 
@@ -31,17 +32,7 @@ HELP = tr(
 
 
 def command(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILES",
-            help=tr(
-                "files, folders, path#500 (a sample), dataset_info.json, hub ids",
-                "文件、文件夹、path#500（抽样）、dataset_info.json、hub 数据集",
-            ),
-            show_default=False,
-        ),
-    ],
+    files: Files,
     model: Annotated[
         str | None,
         typer.Option(

@@ -76,14 +76,6 @@ class Draw:
             pass
         return self.around.join(("", *name, "")) if self.around else name
 
-    def people(self, count: int) -> list[str]:
-        """Different people of our side."""
-        names: list[str] = []
-        while len(names) < count:
-            if (name := self.person()) not in names:
-                names.append(name)
-        return names
-
     def assistant(self) -> str:
         """An assistant's name of our side."""
         while not self.allows("assistant", name := self.one(words.ASSISTANT_NAMES)):

@@ -18,10 +18,9 @@ from tuoling.language import tr
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """parameters: tied ones once. embedding_rows: rows of the input embedding. layers, hidden: of the blocks."""
+    """parameters: tied ones once. layers, hidden: of the blocks."""
 
     parameters: int
-    embedding_rows: int
     layers: int
     hidden: int
 
@@ -51,7 +50,6 @@ def shape_of(model: Any) -> Shape:
     config = model.config.get_text_config()
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        embedding_rows=model.get_input_embeddings().weight.shape[0],
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
     )
