@@ -176,6 +176,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "预热步数；写了就不看 `warmup_ratio`。",
             ),
             "warmup_ratio": ("The same as a share of all steps.", "预热占总步数的比例。"),
+            "optim": (
+                "adamw, or muon for whole models: Muon's steps for the weight matrices inside the blocks, AdamW's for "
+                "everything else, at one learning rate.",
+                "adamw；全参数训练也可用 muon：各层内部的权重矩阵用 Muon 更新，其余用 AdamW，两者共用一个学习率。",
+            ),
             "weight_decay": (
                 "AdamW's decay; biases and norms are left out.",
                 "AdamW 的权重衰减；不作用于偏置和归一化参数。",

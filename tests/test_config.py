@@ -72,7 +72,7 @@ def test_two_names_with_two_values_are_an_error(tmp_path: Path) -> None:
         ("report_to=mlflow", "must be one of tensorboard, wandb, swanlab"),
         ("columns=ask", "columns=ask: must be pairs"),
         ("quantization_bit=4", "quantization_bit=4: quantised base weights are not supported"),
-        ("optim=adafactor", "optim=adafactor: only AdamW"),
+        ("optim=adafactor", "optim=adafactor: must be one of adamw, muon"),
         ("max_seq_len=1", "max_seq_len=1: must be greater than 1"),
     ],
 )

@@ -14,6 +14,7 @@ from tuoling.errors import ConfigError
 from tuoling.language import tr
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 """Defaults that suit adapters and whole models; written into the resolved config like any other value."""
 
@@ -50,6 +51,10 @@ def _trackers(value: Any) -> Any:
 
 def _dtype(value: Any) -> Any:
     return DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+def _optimizer(value: Any) -> Any:
+    return "adamw" if value in PLAIN_OPTIMIZERS else value
 
 
 Number = Annotated[float, BeforeValidator(_not_bool)]
@@ -120,6 +125,8 @@ class RunConfig(BaseModel):
     warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
     """When given it decides instead of `warmup_ratio`."""
     warmup_ratio: Annotated[Share, Field(ge=0, lt=1)] = 0.03
+    optim: Annotated[Literal["adamw", "muon"], BeforeValidator(_optimizer)] = "adamw"
+    """muon: for the weight matrices of whole models; the rest, and adapters, take AdamW's steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999

@@ -9,7 +9,7 @@ from typing import Any
 
 from tuoling import foreign_keys
 from tuoling.config_keys import RunConfig
-from tuoling.foreign_keys import ALIASES, PLAIN_OPTIMIZERS, REFUSED
+from tuoling.foreign_keys import ALIASES, REFUSED
 from tuoling.language import tr
 
 FIELDS = frozenset(RunConfig.model_fields)
@@ -122,11 +122,9 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
                 "constant_with_warmup 在这里就是 constant：预热由单独的键决定",
             )
         )
-    elif key in ("optim", "optimizer"):
-        if value not in PLAIN_OPTIMIZERS:
-            problem = tr(f"{key}={value}: only AdamW is supported", f"{key}={value}：只支持 AdamW")
-            remedy = tr(f"{key}=null trains with AdamW", f"加上 {key}=null 则用 AdamW 训练")
-            done.issues.append(Issue(problem, where, remedy))
+    elif key == "use_muon":
+        if value:
+            done.put("optim", "muon", where)
     elif key == "trust_remote_code":
         if value:
             done.notes.append(

@@ -48,6 +48,7 @@ ALIASES = {
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
     "warmup_rate": "warmup_ratio",
     "log_steps": "logging_steps",
     "torch_dtype": "dtype",
@@ -89,14 +90,13 @@ OTHER_VERB_PREFIXES = (
 )
 REFUSED = _names(
     """quantization_bit load_in_8bit load_in_4bit use_dora use_rslora use_qalora pissa_init loraplus_lr_ratio
-    additional_target modules_to_save create_new_adapter use_galore use_apollo use_badam use_muon use_adam_mini
+    additional_target modules_to_save create_new_adapter use_galore use_apollo use_badam use_adam_mini
     use_llama_pro neftune_noise_alpha label_smoothing_factor resize_vocab add_tokens add_special_tokens
     new_special_tokens_config rope_scaling shift_attn mixture_of_depths moe_aux_loss_coef train_from_scratch
     interleave_probs default_system disable_shuffling early_stopping_steps use_dft_loss use_asft_loss use_eaft_loss
     fp8 enable_fp8_training lr_scheduler_kwargs optim_args push_to_hub split_special_tokens use_mca
     resume_from_checkpoint ignore_data_skip"""
 )
-PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 
 
 def answers(key: str) -> str | None:

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
-from torch import nn
+import copy
+from pathlib import Path
 
-from tuoling.train.optim import make_optimizer
+import pytest
+import torch
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
+
+from tuoling.train.checkpoint import load_optimizer, save_checkpoint
+from tuoling.train.optim import make_optimizer, set_learning_rate
 
 
 class Settings:
@@ -11,6 +18,11 @@ class Settings:
     adam_beta1 = 0.9
     adam_beta2 = 0.999
     adam_epsilon = 1e-8
+    optim = "adamw"
+
+
+class MuonSettings(Settings):
+    optim = "muon"
 
 
 def test_only_matrices_are_decayed() -> None:
@@ -20,3 +32,83 @@ def test_only_matrices_are_decayed() -> None:
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert groups[0]["params"] == [model[0].weight]
     assert {id(p) for p in groups[1]["params"]} == {id(model[1].weight), id(model[1].bias)}
+
+
+def bloom() -> BloomForCausalLM:
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.arange(6).unsqueeze(0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def orthogonalised(gradient: torch.Tensor) -> torch.Tensor:
+    """U V^T of the singular value decomposition: what Muon's five iterations approach."""
+    u, _, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+    return u @ v
+
+
+def test_muon_turns_the_matrices_of_the_blocks_and_adamw_moves_the_rest() -> None:
+    model = bloom()
+    optimizer = make_optimizer(model, MuonSettings())  # type: ignore[arg-type]
+    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    inside = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in name}
+    assert groups[0] == inside and len(inside) == 4
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    set_learning_rate(optimizer, 0.01)
+    weight = model.transformer.h[0].mlp.dense_h_to_4h.weight  # [32, 8]
+    before = weight.detach().clone()
+    ids = torch.randint(20, (4, 30))  # enough tokens for a gradient of full rank
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert weight.grad is not None
+    wanted = orthogonalised(weight.grad)
+    optimizer.step()
+    moved = (before * (1 - 0.01 * 0.1) - weight.detach()).double()
+    # lr x 0.2 sqrt(max side): the size of an AdamW step; the iterations leave singular values of 0.7 to 1.2.
+    assert float(moved.norm() / (0.01 * 0.2 * 32**0.5 * 8**0.5)) == pytest.approx(0.95, abs=0.25)
+    cosine = float((moved * wanted).sum() / (moved.norm() * wanted.norm()))
+    assert cosine > 0.85
+
+
+def test_muons_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
+    model = bloom()
+    optimizer = make_optimizer(model, MuonSettings())  # type: ignore[arg-type]
+    for _ in range(2):
+        step(model, optimizer)
+    save_checkpoint(
+        tmp_path / "c",
+        save_weights=lambda folder: torch.save(model.state_dict(), folder / "w.pt"),
+        model=model,
+        optimizer=optimizer,
+        trainer_state="{}",
+        position={},
+    )
+    step(model, optimizer)
+    again = bloom()
+    again.load_state_dict(torch.load(tmp_path / "c" / "w.pt", weights_only=True))
+    fresh = make_optimizer(again, MuonSettings())  # type: ignore[arg-type]
+    load_optimizer(tmp_path / "c", model=again, optimizer=fresh)
+    step(again, fresh)
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_several_optimizers_seen_as_one_load_a_state_dict() -> None:
+    model = bloom()
+    optimizer = make_optimizer(model, MuonSettings())  # type: ignore[arg-type]
+    step(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    again = bloom()
+    again.load_state_dict(model.state_dict())
+    fresh = make_optimizer(again, MuonSettings())  # type: ignore[arg-type]
+    fresh.load_state_dict(state)
+    set_learning_rate(fresh, 0.5)
+    set_learning_rate(optimizer, 0.5)
+    step(model, optimizer)
+    step(again, fresh)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -61,9 +61,10 @@ def load_optimizer(folder: Path, *, model: nn.Module, optimizer: torch.optim.Opt
     """Put a checkpoint's optimizer state back, tensor by tensor, by the parameters' names."""
     saved = load_file(folder / "optimizer.safetensors")
     for name, parameter in _trained(model).items():
-        state = optimizer.state[parameter]
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            state[key] = saved[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+        for full_name, tensor in saved.items():
+            owner, _, key = full_name.rpartition(".")
+            if owner == name:
+                optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
 
 
 def load_random_state(folder: Path) -> None:
