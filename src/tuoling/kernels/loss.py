@@ -13,11 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 128 * 2**20
-"""Budget for one chunk of logits. 250,880 words in bf16: 267 positions a chunk, where the whole of a
+"""Budget for one chunk of logits. 250,880 words in bf16: 256 positions a chunk, where the whole of a
 4,096-token step would take 2 GB, and 4 GB more for its softmax in float32."""
 
-BLOCK_BYTES = 32 * 2**20
+ROWS_MULTIPLE = 32
+"""Chunks are whole tiles of the matmul: with 267 rows it ran at 296 GF/s, with 256 at 350 (BLOOM's head, bf16)."""
+
+BLOCK_BYTES = 8 * 2**20
 """Float32 rows worked on at once on a CPU: few enough to stay near, enough to share a launch's cost."""
+
+SLAB_ROWS = 16384
+"""Rows of the head whose gradient is added up at once: a temporary of 16 MB at D = 512, not of 257 MB."""
 
 SMALLEST_SHARE = 1e-30
 
@@ -88,12 +94,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None,
                 torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None,
             )
+            scratch = _Scratch(head_VD, min(_rows_of_chunk(head_VD, chunk_bytes), labels_T.numel()))
             total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
-            rows = max(1, chunk_bytes // (weight_VD.shape[0] * head_VD.element_size()))
-            for start in range(0, labels_T.numel(), rows):
-                part_TD = hidden_TD[start : start + rows].to(dtype)
-                logits_TV = F.linear(part_TD, head_VD, shift_V)
-                total += _softmax_gradient_(logits_TV, labels_T[start : start + rows], scale, grads.wanted)
+            for start in range(0, labels_T.numel(), scratch.rows):
+                part_TD = hidden_TD[start : start + scratch.rows].to(dtype)
+                logits_TV = scratch.logits(part_TD, head_VD, shift_V)
+                labels = labels_T[start : start + scratch.rows]
+                total += _softmax_gradient_(logits_TV, labels, scale, grads.wanted, scratch)
                 grads.add(logits_TV, part_TD, head_VD, start)
         ctx.grads = grads
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
@@ -115,6 +122,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, bias, None, None, None
 
 
+def _rows_of_chunk(head_VD: Tensor, chunk_bytes: int) -> int:
+    rows = max(1, chunk_bytes // (head_VD.shape[0] * head_VD.element_size()))
+    return rows - rows % ROWS_MULTIPLE if rows > ROWS_MULTIPLE else rows
+
+
+class _Scratch:
+    """Memory every chunk uses again: fresh pages for each chunk's logits cost a third of their matmul on a CPU."""
+
+    def __init__(self, head_VD: Tensor, rows: int) -> None:
+        words = head_VD.shape[0]
+        self.rows = rows
+        self._logits_TV = head_VD.new_empty(rows, words)
+        block = rows
+        if head_VD.device.type == "cpu":
+            block = min(rows, max(1, BLOCK_BYTES // (4 * words)))
+        self.scores_TV = head_VD.new_empty(block, words, dtype=torch.float32)
+        self.shares_TV = torch.empty_like(self.scores_TV)
+
+    def logits(self, part_TD: Tensor, head_VD: Tensor, shift_V: Tensor | None) -> Tensor:
+        """part @ head.T + shift, written over the last chunk's."""
+        out = self._logits_TV[: len(part_TD)]
+        if shift_V is None:
+            return torch.mm(part_TD, head_VD.T, out=out)
+        return torch.addmm(shift_V, part_TD, head_VD.T, out=out)
+
+
 class _Gradients:
     """What the inputs asked for, filled chunk by chunk. Weight and bias are summed in float32."""
 
@@ -130,15 +163,20 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[start : start + len(part_TD)] = slope_TV @ head_VD
         if self.weight is not None:
-            if slope_TV.dtype == self.weight.dtype:
-                self.weight.addmm_(slope_TV.T, part_TD)
-            else:
-                self.weight += slope_TV.T @ part_TD
+            for slab_SD, slope_TS in zip(
+                self.weight.split(SLAB_ROWS), slope_TV.split(SLAB_ROWS, dim=1), strict=True
+            ):
+                if slope_TV.dtype == slab_SD.dtype:
+                    slab_SD.addmm_(slope_TS.T, part_TD)
+                else:
+                    slab_SD += slope_TS.T @ part_TD
         if self.bias is not None:
             self.bias += slope_TV.sum(0, dtype=torch.float32)
 
 
-def _softmax_gradient_(logits_TV: Tensor, labels_T: Tensor, scale: float, gradient: bool) -> Tensor:
+def _softmax_gradient_(
+    logits_TV: Tensor, labels_T: Tensor, scale: float, gradient: bool, scratch: _Scratch
+) -> Tensor:
     """Cross entropy of the rows, summed in float64; logits_TV becomes its gradient, in place.
 
     One softmax in float32 serves both: the loss is -log of the label's share. Written out (max, subtract,
@@ -146,15 +184,13 @@ def _softmax_gradient_(logits_TV: Tensor, labels_T: Tensor, scale: float, gradie
     near the end of float32, so such a block's loss is taken from a log-softmax instead.
     """
     total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
-    rows = len(labels_T)
-    if logits_TV.device.type == "cpu":
-        rows = max(1, BLOCK_BYTES // (4 * logits_TV.shape[1]))
+    rows = len(scratch.scores_TV)
     for block_TV, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True):
-        scores = block_TV.float()
+        scores = scratch.scores_TV[: len(block_TV)].copy_(block_TV)
         if scale != 1.0:
-            scores = scores * scale
+            scores *= scale
         index = labels.unsqueeze(1)
-        shares = torch.softmax(scores, 1)
+        shares = torch.softmax(scores, 1, out=scratch.shares_TV[: len(block_TV)])
         picked = shares.gather(1, index)
         if bool((picked < SMALLEST_SHARE).any()):
             total += F.cross_entropy(scores, labels, reduction="none").sum(dtype=torch.float64)
