@@ -28,8 +28,9 @@ class Course:
     pretrain: Mapping[str, Any] = field(
         default_factory=lambda: {
             "per_device_train_batch_size": 48,
-            "num_train_epochs": 2.2,
-            "learning_rate": 3e-3,
+            "num_train_epochs": 1.4,
+            "optim": "muon",
+            "learning_rate": 6e-3,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "weight_decay": 0.1,

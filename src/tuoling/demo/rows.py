@@ -32,7 +32,7 @@ class Kind:
 
 
 KINDS = (
-    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic, 1.5),
+    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic, 2.2),
     Kind("numerals", "numerals", "数字读写", skills.numerals, 0.8),
     Kind("extraction", "extraction", "信息抽取", skills.extraction, 0.8),
     Kind("classification", "classification", "分类", talk.classification, 0.6),

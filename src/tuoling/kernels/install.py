@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuoling import console
 from tuoling.errors import ModelError
-from tuoling.kernels import bloom, lora, probe
+from tuoling.kernels import bloom, lora, norm, probe
 from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
@@ -58,6 +58,7 @@ class FastModel:
         linear = find_linear(self._base)
         self._head = None if linear is None else Head(linear)
         self._lora = [] if unwrap is None else lora.install(self._base)
+        self._norms = norm.install(self._base)
         self._scale = 1.0
         self._select = False  # the stock loss asks the head for learned positions only
 
@@ -86,6 +87,7 @@ class FastModel:
         """Leave the model as it was found."""
         self._attention.restore()
         lora.uninstall(self._lora)
+        norm.uninstall(self._norms)
         if self._head is not None:
             self._head.remove()
             self._head = None
