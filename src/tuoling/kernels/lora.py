@@ -201,7 +201,7 @@ def bernoulli_places(count: int, p: float, random: np.random.Generator) -> np.nd
     step = -1.0 / math.log1p(-p)
     expected = count * p
     some = int(expected + 6.0 * math.sqrt(expected) + 16)
-    places = np.empty(0, np.int64)
+    places: np.ndarray[Any, Any] = np.empty(0, np.int64)
     last = -1
     while last < count:
         gaps = random.standard_exponential(some, dtype=np.float32)
