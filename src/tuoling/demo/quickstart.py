@@ -41,7 +41,7 @@ class Course:
         default_factory=lambda: {
             "per_device_train_batch_size": 32,
             "num_train_epochs": 2,
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "adam_beta2": 0.98,

@@ -37,7 +37,7 @@ KINDS = (
     Kind("extraction", "extraction", "信息抽取", skills.extraction, 0.8),
     Kind("classification", "classification", "分类", talk.classification, 0.6),
     Kind("rewriting", "rewriting", "改写", skills.rewriting, 0.7),
-    Kind("translation", "translation", "翻译", skills.translation),
+    Kind("translation", "translation", "翻译", skills.translation, 1.3),
     Kind("closed_qa", "closed questions", "阅读问答", skills.closed_qa, 1.2),
     Kind("choice", "choice", "选择", skills.choice),
     Kind("self_cognition", "self-cognition", "自我认知", talk.self_cognition),
