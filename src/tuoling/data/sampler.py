@@ -49,7 +49,7 @@ class SampleOrder:
         """int64 [num_rows], the rows in the order of this epoch."""
         if epoch != self._epoch:
             # sorted by a hash instead of drawn by numpy's generator, whose streams may change between versions
-            keys = _mix(np.arange(self.num_rows, dtype=np.uint64) + _start(self.seed, epoch))
+            keys = splitmix64(np.arange(self.num_rows, dtype=np.uint64) + _start(self.seed, epoch))
             self._order, self._epoch = np.argsort(keys, kind="stable"), epoch
         return self._order
 
@@ -57,12 +57,12 @@ class SampleOrder:
 def _start(seed: int, epoch: int) -> np.uint64:
     """Where this epoch's stream of hashes begins: a hash of both numbers, so that streams do not overlap."""
     mask = (1 << 64) - 1
-    first = _mix(np.array([seed & mask], dtype=np.uint64))
-    return np.uint64(_mix(first ^ np.array([(epoch * 0x9E3779B97F4A7C15) & mask], dtype=np.uint64))[0])
+    first = splitmix64(np.array([seed & mask], dtype=np.uint64))
+    return np.uint64(splitmix64(first ^ np.array([(epoch * 0x9E3779B97F4A7C15) & mask], dtype=np.uint64))[0])
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64: uint64 → uint64, one to one."""
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """uint64 → uint64, one to one, every bit depending on every bit."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

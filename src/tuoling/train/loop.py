@@ -173,11 +173,8 @@ def batches_of_step(setup: Setup, order: SampleOrder, step: int) -> list[Batch]:
     plan = setup.plan
     begin = step * plan.rows_per_step
     end = min(begin + plan.rows_per_step, plan.total_rows)
-    rows = [int(setup.train.index[row]) for row in order.rows(begin, end)]
-    size = plan.rows_per_micro_batch
-    return [
-        collate([setup.train.store[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size)
-    ]
+    rows, size = order.rows(begin, end), plan.rows_per_micro_batch
+    return [collate([setup.train[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size)]
 
 
 def train_step(
@@ -216,7 +213,7 @@ def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> b
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
     """Summed cross entropy of a packed batch, in nats, on `device`."""
     here = batch.to(device)
-    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens)
+    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels)
 
 
 @torch.no_grad()
@@ -227,7 +224,7 @@ def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
     parts.model.eval()
     total, learned = 0.0, 0
     for at in range(0, len(rows), size):
-        batch = collate([rows.store[int(row)] for row in rows.index[at : at + size]])
+        batch = collate([rows[row] for row in range(at, min(at + size, len(rows)))])
         with parts.accelerator.autocast():
             total += batch_loss(parts.fast, batch, parts.accelerator.device).item()
         learned += batch.num_learned
