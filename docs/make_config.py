@@ -121,6 +121,12 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "被截断的回答，保留的那部分是否学习（它不会带结束符）。",
             ),
             "train_on_inputs": ("Learn the prompt as well.", "提示部分也一起学习。"),
+            "share_prefixes": (
+                "Compute rows that begin another row (a dialogue so far, then the same with one more turn) inside it. "
+                "Loss and gradient of each row stay the same; a step holds more of the data, an epoch has fewer steps.",
+                "某条数据是另一条的开头时（对话的前几轮与多一轮的同一段对话），放在那一条里一起计算。"
+                "每条数据的损失和梯度不变；但一步会包含更多数据，一轮的步数变少。",
+            ),
             "allow_bad": (
                 "Share of rows that may be bad (`1%`, 0.01) before the run is refused; bad rows are left out.",
                 "可容忍的坏数据比例（`1%` 或 0.01），超过则不开始训练；坏数据不参与训练。",

@@ -102,6 +102,8 @@ class RunConfig(BaseModel):
     learn: Literal["all", "last"] = "all"
     learn_cut_answers: bool = False
     train_on_inputs: bool = False
+    share_prefixes: bool = False
+    """Off: with it a step holds more of the data, and an epoch has fewer steps."""
     allow_bad: Annotated[Share, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be bad before the run is refused."""
 

@@ -171,9 +171,7 @@ def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
 
 def batches_of_step(train: Rows, steps: Steps, step: int) -> list[Batch]:
     """The micro-batches of an optimizer step: a function of the seed and the step alone."""
-    return [
-        collate([train.store[int(train.index[row])] for row in rows]) for rows in steps.micro_batches(step)
-    ]
+    return [collate([train[row] for row in rows]) for rows in steps.micro_batches(step)]
 
 
 def train_step(
@@ -212,7 +210,7 @@ def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> b
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
     """Summed cross entropy of a packed batch, in nats, on `device`."""
     here = batch.to(device)
-    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens)
+    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels)
 
 
 @torch.no_grad()
@@ -226,7 +224,7 @@ def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
     parts.model.eval()
     total, learned = 0.0, 0
     for positions in laid:
-        batch = collate([rows.store[int(row)] for row in rows.index[positions]])
+        batch = collate([rows[position] for position in positions])
         with parts.accelerator.autocast():
             total += batch_loss(parts.fast, batch, parts.accelerator.device).item()
         learned += batch.num_learned

@@ -64,6 +64,10 @@ class Plan:
     device: str
     memory_bytes: int
     disk_bytes: int
+    shared_rows: int = 0
+    """Rows that begin another one and are computed inside it; not among `rows`."""
+    shared_tokens: int = 0
+    """Tokens these rows would have cost; not among `tokens`."""
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
@@ -88,6 +92,7 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) pairs for people."""
         share = 100 * self.trainable / max(1, self.parameters)
+        shared = [(tr("shared prefixes", "共享前缀"), self._sharing())] if self.shared_rows else []
         return [
             (
                 tr("rows", "训练数据"),
@@ -103,6 +108,7 @@ class Plan:
                     f"{self.tokens:,}，其中学习 {self.learned_tokens:,}",
                 ),
             ),
+            *shared,
             (tr("each step", "每步"), self._each_step()),
             (
                 tr("steps", "总步数"),
@@ -148,6 +154,15 @@ class Plan:
                 )
             )
         return tr(", ", "，").join(parts)
+
+    def _sharing(self) -> str:
+        rows = self.rows + self.shared_rows
+        saved = self.shared_tokens / (self.tokens + self.shared_tokens)
+        return tr(
+            f"{self.shared_rows:,} of {rows:,} rows begin another row and are learned inside it: "
+            f"{saved:.1%} of tokens saved",
+            f"{rows:,} 条中有 {self.shared_rows:,} 条是另一条的开头，在那一条里一起学：省下 {saved:.1%} 的 token",
+        )
 
     def warnings(self) -> list[str]:
         """What the user may not have meant."""
@@ -217,11 +232,14 @@ def make_plan(
     size: ModelSize,
     dtype: str,
     device: str,
+    shared_rows: int = 0,
+    shared_tokens: int = 0,
 ) -> Plan:
     """Count steps and estimate costs.
 
     lengths, learned: [rows], tokens and learned tokens of each training row.
-    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows.
+    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
+    shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
     rows = len(lengths)
     if rows == 0:
@@ -264,6 +282,8 @@ def make_plan(
         device=device,
         memory_bytes=_memory_bytes(config, longest=largest, size=size, dtype=dtype),
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
+        shared_rows=shared_rows,
+        shared_tokens=shared_tokens,
     )
 
 
