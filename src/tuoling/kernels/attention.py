@@ -49,10 +49,15 @@ class Layout:
 
 @dataclass(eq=False)
 class Pack:
-    """Lengths of the documents that lie one after the other in a row of T tokens."""
+    """Lengths of the documents that lie one after the other in a row of T tokens.
+
+    readable: False where tensors have shapes and no numbers (memory is being estimated), so that nothing can be
+    read off a mask.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    readable: bool = True
     _layouts: dict[int, Layout] = field(default_factory=dict)
 
     @staticmethod
