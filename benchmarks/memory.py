@@ -97,9 +97,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     path = HERE / "memory.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     merged = {row["run"]: row for row in [*known, *rows]}
-    path.write_text(
-        json.dumps(list(merged.values()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(list(merged.values()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# Memory: estimate against measured peak",
         "",
@@ -110,7 +108,13 @@ def write(rows: list[dict[str, Any]]) -> None:
         "|---|---|---|---|---|",
     ]
     for row in merged.values():
-        cells = (row["run"], row["estimate_gib"], row.get("peak_gib", "-"), row.get("ratio", "-"), row["parts"])
+        cells = (
+            row["run"],
+            row["estimate_gib"],
+            row.get("peak_gib", "-"),
+            row.get("ratio", "-"),
+            row["parts"],
+        )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     (HERE / "memory.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
