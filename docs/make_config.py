@@ -258,6 +258,10 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Compute activations twice to save memory.",
                 "用重复计算换显存（内存）。",
             ),
+            "ignore_memory_plan": (
+                "Begin even where the plan needs more than 1.5 times the free memory; otherwise that is refused.",
+                "即使计划所需内存超过可用内存的 1.5 倍也照样开始；默认会拒绝。",
+            ),
         },
     ),
     (

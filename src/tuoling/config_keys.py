@@ -153,6 +153,8 @@ class RunConfig(BaseModel):
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     gradient_checkpointing: bool = False
+    ignore_memory_plan: bool = False
+    """Begin even where the plan says that the run needs more than 1.5 times the free memory."""
 
     # output
     output_dir: str | None = None

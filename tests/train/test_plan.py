@@ -10,7 +10,8 @@ from transformers import get_scheduler
 
 from tuoling.config import RunConfig
 from tuoling.errors import TrainingError
-from tuoling.train.plan import ModelSize, Plan, make_plan
+from tuoling.train.memory import MemoryEstimate, ModelSize
+from tuoling.train.plan import Plan, make_plan
 
 SIZE = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64)
 
@@ -23,7 +24,7 @@ def plan(rows: int = 10, **keys: Any) -> Plan:
         learned=lengths // 2,
         eval_rows=0,
         size=SIZE,
-        dtype="fp32",
+        memory=MemoryEstimate(),
         device="cpu",
     )
 

@@ -51,10 +51,15 @@ class Layout:
 
 @dataclass(eq=False)
 class Pack:
-    """Lengths of the documents that lie one after the other in a row of T tokens."""
+    """Lengths of the documents that lie one after the other in a row of T tokens.
+
+    readable: False where tensors have shapes and no numbers (memory is being estimated), so that nothing can be
+    read off a mask.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    readable: bool = True
     _layouts: dict[int, Layout] = field(default_factory=dict)
 
     @staticmethod
@@ -138,9 +143,6 @@ class Bias:
         return (-slopes_N[:, None, None] * distance).masked_fill_(hidden, float("-inf")).unsqueeze(0)
 
 
-CAUSAL = Bias()
-
-
 def attend(
     q_TND: Tensor,
     k_TKD: Tensor,
@@ -202,8 +204,11 @@ def _attend_group(
         repeat = q_BNLD.shape[1] // k_BKLD.shape[1]
         if repeat > 1:
             k_BKLD, v_BKLD = (x.repeat_interleave(repeat, dim=1) for x in (k_BKLD, v_BKLD))
-        square = (CAUSAL if bias is None else bias).strip(length, length, q_BNLD)
-        return short_attention(q_BNLD, k_BKLD, v_BKLD, square.to(q_BNLD.dtype), scale)
+        if bias is None:
+            square = torch.full((1, 1, length, length), float("-inf"), dtype=q_BNLD.dtype).triu_(1)
+        else:
+            square = bias.strip(length, length, q_BNLD).to(q_BNLD.dtype)
+        return short_attention(q_BNLD, k_BKLD, v_BKLD, square, scale)
     if plain:
         return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
     assert bias is not None

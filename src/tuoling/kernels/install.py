@@ -54,7 +54,7 @@ class FastModel:
         unwrap: Any = getattr(model, "get_base_model", None)  # of a PeftModel
         self._base: Any = model if unwrap is None else unwrap()
         self._takes = inspect.signature(self._base.forward).parameters
-        self._attention = _Attention(self._base)
+        self._attention = PackedAttention(self._base)
         linear = find_linear(self._base)
         self._head = None if linear is None else Head(linear)
         self._lora = [] if unwrap is None else lora.install(self._base)
@@ -310,7 +310,7 @@ class FastModel:
         self._say(reason)
 
 
-class _Attention:
+class PackedAttention:
     """The model's attention, replaced and put back."""
 
     def __init__(self, base: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuoling import console
+from tuoling import console, environment
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
@@ -26,6 +26,7 @@ def train(
     config: a config file (ours or another tool's) over which `keys` are set; or a config read already.
     Returns the run's folder, its status and what all_results.json says. Raises TuolingError.
     """
+    environment.quiet_libraries()
     from tuoling.config import Loaded, load_config
     from tuoling.train.loop import train as run
 

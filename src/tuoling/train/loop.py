@@ -79,6 +79,8 @@ def train(
     setup = prepare(config, say=say, notes=notes)
     folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
     setup.plan.require_disk(folder)
+    if not config.ignore_memory_plan:
+        setup.plan.require_memory()
     moved = claim(folder, overwrite=config.overwrite_output_dir)
     if moved:
         say(moved)

@@ -10,9 +10,11 @@ from tuoling import environment
 from tuoling.data.batches import largest_micro_batch
 from tuoling.errors import OutputError, TrainingError
 from tuoling.language import tr
+from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, gib, require_memory
 from tuoling.train.steps import look_at, make_steps
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -20,16 +22,6 @@ if TYPE_CHECKING:
     from tuoling.config import RunConfig
 
 DISK_RESERVE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """Numbers of a model's shape. `trainable` counts what will be asked for gradients."""
-
-    parameters: int
-    trainable: int
-    layers: int
-    hidden: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +54,13 @@ class Plan:
     parameters: int
     trainable: int
     device: str
-    memory_bytes: int
+    memory: MemoryEstimate
     disk_bytes: int
     shared_rows: int = 0
     """Rows that begin another one and are computed inside it; not among `rows`."""
     shared_tokens: int = 0
     """Tokens these rows would have cost; not among `tokens`."""
+    fitting: tuple[str, ...] = ()
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
@@ -87,7 +80,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """For run.json and `tuoling plan --json`."""
-        return asdict(self)
+        return {**asdict(self), "memory_bytes": self.memory.total}
 
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) pairs for people."""
@@ -126,7 +119,10 @@ class Plan:
             ),
             (
                 tr("memory", "内存估计"),
-                tr(f"about {self.memory_bytes / 2**30:.1f} GiB", f"约 {self.memory_bytes / 2**30:.1f} GiB"),
+                tr(
+                    f"about {gib(self.memory.total)} = {self.memory.parts()}",
+                    f"约 {gib(self.memory.total)} = {self.memory.parts()}",
+                ),
             ),
             (
                 tr("disk", "磁盘估计"),
@@ -193,15 +189,24 @@ class Plan:
                     f"预热 {self.warmup_steps} 步，到 {self.total_steps} 步结束时还没有完成",
                 )
             )
-        available = environment.memory_available_bytes(self.device)
-        if self.memory_bytes > available:
+        free = environment.memory_available_bytes(self.device)
+        if self.memory.total > WARN_ABOVE * free:
             found.append(
-                tr(
-                    f"about {self.memory_bytes / 2**30:.1f} GiB are needed and {available / 2**30:.1f} GiB are free",
-                    f"大约需要 {self.memory_bytes / 2**30:.1f} GiB 内存，现有 {available / 2**30:.1f} GiB",
+                "\n".join(
+                    [
+                        tr(
+                            f"about {gib(self.memory.total)} of memory are needed and {gib(free)} are free",
+                            f"大约需要 {gib(self.memory.total)} 内存，现有 {gib(free)}",
+                        ),
+                        *(tr(f"this fits: {line}", f"这样放得下：{line}") for line in self.fitting),
+                    ]
                 )
             )
         return found
+
+    def require_memory(self) -> None:
+        """Raise TrainingError before the first step where the run is far from fitting into memory."""
+        require_memory(self.memory.total, environment.memory_available_bytes(self.device), self.fitting)
 
     def require_disk(self, folder: Path) -> None:
         """Raise OutputError now if the checkpoints will not fit beside a small reserve."""
@@ -230,12 +235,13 @@ def make_plan(
     learned: np.ndarray,
     eval_rows: int,
     size: ModelSize,
-    dtype: str,
+    memory: MemoryEstimate,
     device: str,
     shared_rows: int = 0,
     shared_tokens: int = 0,
+    fitting: Sequence[str] = (),
 ) -> Plan:
-    """Count steps and estimate costs.
+    """Count steps and the disk they take.
 
     lengths, learned: [rows], tokens and learned tokens of each training row.
     Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
@@ -280,8 +286,9 @@ def make_plan(
         parameters=size.parameters,
         trainable=size.trainable,
         device=device,
-        memory_bytes=_memory_bytes(config, longest=largest, size=size, dtype=dtype),
+        memory=memory,
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
+        fitting=tuple(fitting),
         shared_rows=shared_rows,
         shared_tokens=shared_tokens,
     )
@@ -290,21 +297,3 @@ def make_plan(
 def _interval(asked: int | None, per_epoch: int, steps: int) -> int:
     """Steps between two saves or evaluations: as asked; once an epoch (None); only at the end (0)."""
     return per_epoch if asked is None else asked or steps
-
-
-def _memory_bytes(config: RunConfig, *, longest: int, size: ModelSize, dtype: str) -> int:
-    """Weights + gradients and AdamW state in float32 + activations of the longest micro-batch + libraries.
-
-    A block keeps about 22 hidden-sized activations a token for the backward (LayerNorm, fused qkv, attention
-    output, the four-fold feed-forward before and after its activation, LoRA's own inputs).
-    """
-    weight_bytes = 4 if config.finetuning_type == "full" or dtype == "fp32" else 2
-    activation_bytes = 4 if dtype == "fp32" else 2
-    kept_per_token = size.hidden * 22 * (1 if config.gradient_checkpointing else size.layers)
-    libraries = 700 * 2**20
-    return int(
-        size.parameters * weight_bytes
-        + size.trainable * 12
-        + longest * kept_per_token * activation_bytes
-        + libraries
-    )

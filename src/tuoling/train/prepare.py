@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from tuoling.models.shape import lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
 from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
+from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, estimate_memory, what_fits
 from tuoling.train.parallel import require_trackers
-from tuoling.train.plan import ModelSize, Plan, make_plan
+from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     if config.share_prefixes:
         train = alone.sharing_prefixes()
         tell(sharing_note(alone, train))
-    size = model_size(source, config)
+    shape = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
+    size = model_size(shape, source, config)
+    memory = estimate_memory(config, model_config=shape.config, lengths=train.lengths, size=size, dtype=dtype)
     plan = make_plan(
         config,
         lengths=train.lengths,
@@ -111,8 +114,9 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         shared_rows=len(alone) - len(train),
         shared_tokens=int(alone.lengths.sum() - train.lengths.sum()),
         size=size,
-        dtype=dtype,
+        memory=memory,
         device=device,
+        fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
         config=config,
@@ -172,16 +176,63 @@ def _find_source(config: RunConfig) -> ModelSource:
     return source
 
 
-def model_size(source: ModelSource, config: RunConfig) -> ModelSize:
-    """Parameters, and those that will be trained, from the shapes alone."""
-    model = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
+def _fitting(
+    config: RunConfig,
+    memory: MemoryEstimate,
+    shape: Any,
+    lengths: np.ndarray,
+    size: ModelSize,
+    source: ModelSource,
+    dtype: str,
+    device: str,
+) -> list[str]:
+    """What would fit, where the run may not."""
+    free = environment.memory_available_bytes(device)
+    if memory.total <= WARN_ABOVE * free:
+        return []
+    lora = model_size(shape, source, config.model_copy(update={"finetuning_type": "lora"}))
+    return what_fits(
+        config,
+        int(WARN_ABOVE * free),
+        model_config=shape.config,
+        lengths=lengths,
+        size=size,
+        lora_size=lora,
+        dtype=dtype,
+    )
+
+
+def model_size(model: Any, source: ModelSource, config: RunConfig) -> ModelSize:
+    """Parameters, and those that will be trained, from the shapes alone. model: on the meta device."""
+    if not source.is_adapter:
+        return shape_size(model, config)
+    adapter = files.read_json(source.path / "adapter_config.json")
+    return shape_size(model, config, lora_parameters(model, adapter["target_modules"], adapter["r"]))
+
+
+def shape_size(model: Any, config: RunConfig, adapter: int | None = None) -> ModelSize:
+    """The same for a model without an adapter, or with one of `adapter` parameters."""
     shape = shape_of(model)
-    trainable = shape.parameters
-    if source.is_adapter:
-        adapter = files.read_json(source.path / "adapter_config.json")
-        trainable = lora_parameters(model, adapter["target_modules"], adapter["r"])
-    elif config.finetuning_type == "lora":
+    lora = config.finetuning_type == "lora"
+    trainable = shape.parameters if adapter is None else adapter
+    if lora and adapter is None:
         targets = lora_target_names(model, config.lora_target)
         trainable = lora_parameters(model, targets, config.lora_rank)
-    added = trainable if config.finetuning_type == "lora" else 0
-    return ModelSize(shape.parameters + added, trainable, shape.layers, shape.hidden)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    vocabulary = {
+        id(module.weight): module.weight for module in (embedding, head) if hasattr(module, "weight")
+    }
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - sum(
+        p.numel() for p in vocabulary.values()
+    )
+    return ModelSize(
+        parameters=shape.parameters + (trainable if lora else 0),
+        trainable=trainable,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocab=0 if weight is None else weight.shape[0],
+        head=0 if weight is None else weight.numel(),
+        matrices=trainable if lora else matrices,
+        tied=weight is not None and weight is embedding.weight,
+    )

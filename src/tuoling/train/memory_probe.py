@@ -1,0 +1,120 @@
+"""Two real steps of the longest batch in a process of their own: the measured peak, or "does not fit"."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tuoling import environment
+from tuoling.errors import TrainingError
+from tuoling.language import tr
+from tuoling.train.memory import largest_micro_batch
+
+if TYPE_CHECKING:
+    from tuoling.config import RunConfig
+    from tuoling.train.prepare import Setup
+
+CHILD = (sys.executable, "-m", "tuoling.train.memory_probe")
+STEPS = 2
+"""The optimizer makes its states in the first: only the second holds everything."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """peak_bytes: measured, None where the run does not fit; why: what ended it then."""
+
+    peak_bytes: int | None
+    why: str = ""
+
+
+def probe_memory(config: RunConfig, *, command: Sequence[str] = CHILD) -> Probe:
+    """Run the longest batch twice in a child process. That it is killed for its memory is an answer.
+
+    Raises TrainingError where the child fails for any other reason.
+    """
+    done = subprocess.run(
+        list(command), input=config.model_dump_json(), capture_output=True, text=True, check=False
+    )
+    if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return Probe(None, tr("the system killed it for its memory", "系统因内存不足将其终止"))
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        answer = json.loads(lines[-1])
+        return Probe(answer["peak_bytes"], answer["why"])
+    last = (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
+    if is_out_of_memory(last):
+        return Probe(None, last)
+    raise TrainingError(
+        tr(f"the probe failed: {last}", f"试跑失败：{last}"),
+        remedy=tr("leave out --probe to see the estimate", "去掉 --probe 可只看估算"),
+    )
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error's text says that memory ran out, in Python's, torch's or CUDA's words."""
+    return "MemoryError" in message or any(words in message.lower() for words in OUT_OF_MEMORY)
+
+
+def main() -> None:
+    """The child: a config on stdin, {"peak_bytes", "why"} on stdout."""
+    from tuoling.config import RunConfig
+
+    with suppress(OSError):  # where memory runs out, the probe goes and nothing else
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    environment.quiet_libraries()
+    config = RunConfig.model_validate_json(sys.stdin.read()).model_copy(
+        update={"report_to": (), "ignore_memory_plan": True}
+    )
+    answer: dict[str, Any]
+    try:
+        answer = {"peak_bytes": _two_steps(config), "why": ""}
+    except (MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not is_out_of_memory(text):
+            raise
+        answer = {"peak_bytes": None, "why": text}
+    print(json.dumps(answer))  # noqa: T201
+
+
+def _two_steps(config: RunConfig) -> int:
+    """Peak bytes of this process (CPU), or that torch took of the device, over two steps of the longest batch."""
+    import torch
+
+    from tuoling.train.loop import assemble, train_step
+    from tuoling.train.prepare import prepare
+    from tuoling.train.run_folder import RunFolder
+
+    setup = prepare(config, say=lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = assemble(setup, RunFolder(Path(folder), {}), {}, lambda _: None)
+    parts.model.train()
+    batch = longest_batch(setup)
+    for _ in range(STEPS):
+        train_step(parts.fast, parts.optimizer, parts.accelerator, [batch], config.max_grad_norm)
+    if setup.device.startswith("cuda"):
+        return int(torch.cuda.max_memory_reserved())
+    return int(environment.peak_rss_gib() * 2**30)
+
+
+def longest_batch(setup: Setup) -> Any:
+    """The longest rows that can meet in one forward pass, as a batch."""
+    from tuoling.data.pack import collate
+
+    count = len(largest_micro_batch(setup.config, setup.train.lengths))
+    rows = np.argsort(-setup.train.lengths, kind="stable")[:count]
+    return collate([setup.train[int(row)] for row in rows])
+
+
+if __name__ == "__main__":
+    main()
