@@ -64,8 +64,9 @@ def quiet_libraries() -> None:
 
     oneDNN and the layer above it in torch each keep 1,024 compiled matmuls, of 0.7 MiB each. Every batch has another
     number of tokens and so needs about 28 new ones: a run grew by 40 MiB a step (BLOOM 6 x 512, bf16, batches of
-    2,700 to 5,500 tokens: 802 MiB between two steps at first, 1,239 after 12). With 64, twice what one step uses,
-    it stays at 774 at equal CPU time (8 steps: 42 s against 40 to 43; with none kept 74 s).
+    2,700 to 5,500 tokens, free heap given back after every step to see it: 802 MiB at first, 1,239 after 12). With
+    64, twice what one step uses, it stays at 774 over 8 steps (42 s of CPU against 40 to 43, a busy machine; with
+    none kept 74 s). The heap's own holes remain.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     for name, value in {
