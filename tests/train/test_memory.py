@@ -167,3 +167,15 @@ def test_the_probe_measures_a_tiny_model(tmp_path: Path) -> None:
         )
     )
     assert found.peak_bytes is not None and 2**27 < found.peak_bytes < 2**31
+
+
+def test_the_longest_micro_batch_keeps_to_the_budget_of_tokens() -> None:
+    lengths = np.array([3, 9, 5, 7, 2])
+
+    def longest(**keys: Any) -> list[int]:
+        return largest_micro_batch(RunConfig(**keys), lengths)
+
+    assert longest(per_device_train_batch_size=2) == [9, 7]
+    assert longest(per_device_train_batch_size=4, max_tokens_per_batch=15) == [9, 5]
+    assert longest(per_device_train_batch_size=4, max_tokens_per_batch=4) == [9]  # alone
+    assert sum(longest(max_tokens_per_batch=100)) == 26

@@ -109,15 +109,6 @@ def test_rows_longer_than_the_budget_are_told_and_planned_for() -> None:
     assert not any("max_tokens" in text for text in plan(10, max_tokens_per_batch=10).warnings())
 
 
-def test_memory_is_planned_by_the_budget() -> None:
-    def memory(**keys: Any) -> int:
-        return plan(100, per_device_train_batch_size=50, **keys).memory_bytes
-
-    assert memory() > memory(max_tokens_per_batch=2000) > memory(max_tokens_per_batch=500)
-    assert memory(max_tokens_per_batch=10**6) == memory()
-    assert memory(max_tokens_per_batch=1) == memory(max_tokens_per_batch=100)  # the longest row, alone
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_learning_rate_is_transformers_own(schedule: str, warmup: int) -> None:
