@@ -25,6 +25,7 @@ from tuoling.train.finish import finish
 from tuoling.train.interrupt import Interrupt
 from tuoling.train.optim import make_optimizer, set_learning_rate
 from tuoling.train.parallel import make_accelerator
+from tuoling.train.plan import quantization_of
 from tuoling.train.prepare import Setup, prepare
 from tuoling.train.progress import (
     Progress,
@@ -112,6 +113,7 @@ def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable
         device=setup.device,
         for_training=True,
         allow_remote_code=config.allow_remote_code,
+        quantization=quantization_of(config),
     )
     model = make_trainable(model, setup)
     fast = install(model, say=say)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tuoling import environment
 from tuoling.errors import OutputError, TrainingError
 from tuoling.language import tr
+from tuoling.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,12 +24,13 @@ DISK_RESERVE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Numbers of a model's shape. `trainable` counts what will be asked for gradients."""
+    """Numbers of a model's shape. `trainable` counts what will be asked for gradients, `linear` what can be quantised."""
 
     parameters: int
     trainable: int
     layers: int
     hidden: int
+    linear: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,20 @@ def _interval(asked: int | None, per_epoch: int, steps: int) -> int:
     return per_epoch if asked is None else asked or steps
 
 
+def quantization_of(config: RunConfig) -> Quantization:
+    """How a run keeps its base in memory."""
+    return Quantization(config.quantization_bit or 0, config.quantization_type, config.double_quantization)
+
+
+def weight_bytes(config: RunConfig, size: ModelSize, dtype: str) -> int:
+    """Of all weights in memory: the linear layers' in 8 or 4 bits where the run asks for it."""
+    plain = 4 if config.finetuning_type == "full" or dtype == "fp32" else 2
+    quantization = quantization_of(config)
+    if not quantization:
+        return size.parameters * plain
+    return int((size.parameters - size.linear) * plain + size.linear * quantization.bytes_per_weight)
+
+
 def _memory_bytes(
     config: RunConfig, *, lengths: Sequence[int] | np.ndarray, micro: int, size: ModelSize, dtype: str
 ) -> int:
@@ -241,13 +257,12 @@ def _memory_bytes(
     A block keeps about 22 hidden-sized activations a token for the backward (LayerNorm, fused qkv, attention
     output, the four-fold feed-forward before and after its activation, LoRA's own inputs).
     """
-    weight_bytes = 4 if config.finetuning_type == "full" or dtype == "fp32" else 2
     activation_bytes = 4 if dtype == "fp32" else 2
     longest = sum(sorted((int(length) for length in lengths), reverse=True)[:micro])
     kept_per_token = size.hidden * 22 * (1 if config.gradient_checkpointing else size.layers)
     libraries = 700 * 2**20
     return int(
-        size.parameters * weight_bytes
+        weight_bytes(config, size, dtype)
         + size.trainable * 12
         + longest * kept_per_token * activation_bytes
         + libraries

@@ -12,14 +12,15 @@ from tuoling import environment, files
 from tuoling.data.store import StoreReport
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
+from tuoling.models import quantization as low_bit
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.load import load_tokenizer
-from tuoling.models.shape import lora_parameters, meta_model, shape_of
+from tuoling.models.shape import linear_weights, lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
 from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
 from tuoling.train.parallel import require_trackers
-from tuoling.train.plan import ModelSize, Plan, make_plan
+from tuoling.train.plan import ModelSize, Plan, make_plan, quantization_of
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
     source = _find_source(config)
+    config = _as_its_adapter(config, source, tell)
+    low_bit.require(quantization_of(config), device)
     if source.is_adapter:
         tell(
             tr(
@@ -166,6 +169,20 @@ def _find_source(config: RunConfig) -> ModelSource:
     return source
 
 
+def _as_its_adapter(config: RunConfig, source: ModelSource, say: Say) -> RunConfig:
+    """Where the config does not say: the base quantised as it was when the adapter it starts from was trained."""
+    saved = source.quantization
+    if not saved or config.quantization_bit is not None:
+        return config
+    say(
+        tr(
+            f"the adapter was trained on a base in {saved}: so is this run (quantization_bit=0: unquantised)",
+            f"该适配器是在 {saved} 基座上训练的，这次也一样（quantization_bit=0 则不量化）",
+        )
+    )
+    return config.model_copy(update=saved.to_record())
+
+
 def model_size(source: ModelSource, config: RunConfig) -> ModelSize:
     """Parameters, and those that will be trained, from the shapes alone."""
     model = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
@@ -178,4 +195,4 @@ def model_size(source: ModelSource, config: RunConfig) -> ModelSize:
         targets = lora_target_names(model, config.lora_target)
         trainable = lora_parameters(model, targets, config.lora_rank)
     added = trainable if config.finetuning_type == "lora" else 0
-    return ModelSize(shape.parameters + added, trainable, shape.layers, shape.hidden)
+    return ModelSize(shape.parameters + added, trainable, shape.layers, shape.hidden, linear_weights(model))
