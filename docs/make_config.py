@@ -132,6 +132,12 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "被截断的回答，保留的那部分是否学习（它不会带结束符）。",
             ),
             "train_on_inputs": ("Learn the prompt as well.", "提示部分也一起学习。"),
+            "share_prefixes": (
+                "Compute rows that begin another row (a dialogue so far, then the same with one more turn) inside it. "
+                "Loss and gradient of each row stay the same; a step holds more of the data, an epoch has fewer steps.",
+                "某条数据是另一条的开头时（对话的前几轮与多一轮的同一段对话），放在那一条里一起计算。"
+                "每条数据的损失和梯度不变；但一步会包含更多数据，一轮的步数变少。",
+            ),
             "allow_bad": (
                 "Share of rows that may be bad (`1%`, 0.01) before the run is refused; bad rows are left out.",
                 "可容忍的坏数据比例（`1%` 或 0.01），超过则不开始训练；坏数据不参与训练。",
@@ -157,10 +163,15 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
         ("Steps", "步数与优化"),
         {
             "per_device_train_batch_size": (
-                "Rows that share one forward and backward pass; memory grows with it.",
-                "一次前向和反向一起计算的条数；显存（内存）随它增长。",
+                "Rows that share one forward and backward pass; memory grows with it. With `max_tokens_per_batch` "
+                "tokens decide what shares a pass, and this only how many rows a step has.",
+                "一次前向和反向一起计算的条数；显存（内存）随它增长。写了 `max_tokens_per_batch` 时，一次算哪些由 token 数决定，"
+                "这个键只决定每步多少条。",
             ),
-            "per_device_eval_batch_size": ("The same for validation.", "验证时一次计算的条数。"),
+            "per_device_eval_batch_size": (
+                "The same for validation, within `max_tokens_per_batch` if that is given.",
+                "验证时一次计算的条数；写了 `max_tokens_per_batch` 时也不超过它。",
+            ),
             "gradient_accumulation_steps": (
                 "Passes that are added up before the weights change.",
                 "累积多少次再更新权重。",
@@ -169,9 +180,18 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Rows of one step in all; the two keys above follow from it. It is met exactly or refused.",
                 "每步总共多少条；上面两个键由它推出。要么精确满足，要么报错。",
             ),
+            "max_tokens_per_batch": (
+                "Most tokens of one pass, so that memory is bounded by tokens. The rows of a step stay those of the "
+                "batch sizes, in as few passes as hold them. Without `batch_size` and "
+                "`per_device_train_batch_size` a step is `gradient_accumulation_steps` full packs of so many "
+                "tokens. A row that is longer runs alone; none is dropped.",
+                "一次前向和反向最多多少个 token，内存（显存）由它限定。每步的数据仍由批大小决定，装进尽量少的几次计算。"
+                "`batch_size` 和 `per_device_train_batch_size` 都不写时，每步是 `gradient_accumulation_steps` 个装满的包，"
+                "每包至多这么多 token。更长的一条单独计算，不会丢弃。",
+            ),
             "num_train_epochs": (
-                "How often each row is seen; fractions are kept exactly.",
-                "每条数据看几遍；可以是小数，按条数精确执行。",
+                "How often each row is seen; fractions are kept exactly, or to a whole pack where steps are packs.",
+                "每条数据看几遍；可以是小数，按条数精确执行（每步按包计时，精确到整包）。",
             ),
             "max_steps": ("Above 0 it decides instead of the epochs.", "大于 0 时代替轮数。"),
             "learning_rate": (
@@ -387,6 +407,7 @@ def _of_other_tools() -> list[str]:
     answered = [
         (foreign_keys.AUTOMATIC, None),
         (foreign_keys.FAST_PATH, None),
+        (foreign_keys.PACKING, None),
         (foreign_keys.LAUNCH, None),
         (foreign_keys.QUANTIZED_COMPUTE, None),
         (foreign_keys.LOGGING, None),
@@ -442,7 +463,7 @@ def recipes() -> str:
     for name in recipe_names():
         config = load_config(overrides=[f"recipe={name}"]).config
         lora = f"{config.lora_rank}/{config.lora_alpha}, {' '.join(config.lora_target)}"
-        rows = config.per_device_train_batch_size * config.accumulation()
+        rows = config.rows_per_step()
         cells = (
             f"`{name}`",
             _source(name),

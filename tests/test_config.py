@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,38 @@ def test_total_batch_decides_accumulation() -> None:
     assert load_config([], ["gradient_accumulation_steps=5"]).config.accumulation(2) == 5
     with pytest.raises(ConfigError, match="4 × gradient_accumulation_steps=2 = 8"):
         load_config([], ["batch_size=16", "per_device_train_batch_size=4", "gradient_accumulation_steps=2"])
+
+
+def test_a_token_budget_alone_makes_steps_of_tokens(tmp_path: Path) -> None:
+    alone = load_config([], ["max_tokens_per_batch=4096", "gradient_accumulation_steps=2"]).config
+    assert (alone.per_device_train_batch_size, alone.rows_per_step()) == (None, None)
+    assert alone.accumulation() == 2
+    config = load_config([], ["max_tokens_per_batch=4096", "batch_size=6"]).config
+    assert (config.per_device_train_batch_size, config.rows_per_step(), config.rows_per_step(2)) == (3, 6, 6)
+    assert load_config([], ["per_device_train_batch_size=2"]).config.rows_per_step(world_size=3) == 6
+    for ran in (alone, config):  # what run.json says is the same run
+        file = write(tmp_path / "run.json", json.dumps(ran.model_dump(mode="json")))
+        assert load_config([file]).config == ran
+
+
+def test_a_token_budget_over_batch_sizes_of_a_recipe(tmp_path: Path) -> None:
+    words = ["recipe=domain-bloom", "max_tokens_per_batch=2048"]
+    rows = load_config([], ["recipe=domain-bloom"]).config.rows_per_step()
+    assert rows and load_config([], words).config.rows_per_step() == rows
+    without = ["batch_size=null", "per_device_train_batch_size=null"]
+    assert load_config([], [*words, *without]).config.rows_per_step() is None
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "true", "1.5", "many"])
+def test_a_token_budget_is_a_positive_whole_number(value: str) -> None:
+    with pytest.raises(ConfigError, match="max_tokens_per_batch"):
+        load_config([], [f"max_tokens_per_batch={value}"])
+
+
+def test_fairseqs_name_is_answered_with_ours() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["max_tokens=4096"])
+    assert "max_tokens_per_batch" in str(caught.value)
 
 
 def test_a_later_layer_sets_aside_what_says_the_same() -> None:

@@ -228,6 +228,24 @@ def test_what_changes_nothing_passes(tmp_path: Path, line: str) -> None:
     assert load(tmp_path, LORA_SFT + line + "\n").config.lora_rank == 8
 
 
+@pytest.mark.parametrize("key", ["packing", "neat_packing", "sample_packing", "group_by_length"])
+def test_packing_and_grouping_are_answered(tmp_path: Path, key: str) -> None:
+    loaded = load(tmp_path, LORA_SFT + f"{key}: true\n")
+    assert loaded.config == load(tmp_path, LORA_SFT).config
+    assert said(loaded, key, "packed without padding and never see each other")
+    assert said(loaded, key, "max_tokens_per_batch=N and no batch size") == (key != "group_by_length")
+
+
+def test_steps_of_tokens_in_a_llama_factory_config(tmp_path: Path) -> None:
+    text = LORA_SFT.replace("gradient_accumulation_steps: 8\n", "")
+    text = text.replace("per_device_train_batch_size: 1\n", "")
+    assert (
+        load(tmp_path, text, "max_tokens_per_batch=2048").config.rows_per_step() == 8
+    )  # that tool's default
+    config = load(tmp_path, text, "max_tokens_per_batch=2048", "per_device_train_batch_size=null").config
+    assert (config.rows_per_step(), config.gradient_accumulation_steps) == (None, 1)
+
+
 def test_words_speak_our_own_dialect_over_such_a_file(tmp_path: Path) -> None:
     loaded = load(tmp_path, LORA_SFT, "template=alpaca", "data=rows.json", "cutoff_len=99", "overlong=error")
     config = loaded.config

@@ -131,6 +131,9 @@ def load_config(
     if asked is not None and "recipe" not in removed:
         layers.insert(0, _recipe_layer(str(asked), removed))
     values, origin, notes, issues = _merge(layers)
+    if "max_tokens_per_batch" in values and "per_device_train_batch_size" in removed:
+        for given in (values, origin):  # nor another tool's default: a step of tokens is wanted
+            given.pop("per_device_train_batch_size", None)
     if removed:
         names = ", ".join(sorted(removed))
         notes.append(tr(f"taken away on the command line: {names}", f"已在命令行中去掉：{names}"))

@@ -107,6 +107,8 @@ class RunConfig(BaseModel):
     learn: Literal["all", "last"] = "all"
     learn_cut_answers: bool = False
     train_on_inputs: bool = False
+    share_prefixes: bool = False
+    """Off: with it a step holds more of the data, and an epoch has fewer steps."""
     allow_bad: Annotated[Share, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be bad before the run is refused."""
 
@@ -117,11 +119,14 @@ class RunConfig(BaseModel):
     lora_target: Words = ("all",)
 
     # steps
-    per_device_train_batch_size: Annotated[Whole, Field(gt=0)] = 4
+    per_device_train_batch_size: Annotated[Whole, Field(gt=0)] | None = 4
+    """None, where only `max_tokens_per_batch` is given: as many rows as that holds."""
     per_device_eval_batch_size: Annotated[Whole, Field(gt=0)] = 8
     gradient_accumulation_steps: Annotated[Whole, Field(gt=0)] = 1
     batch_size: Annotated[Whole, Field(gt=0)] | None = None
     """Rows of one optimizer step over all devices; accumulation follows from it (`accumulation`)."""
+    max_tokens_per_batch: Annotated[Whole, Field(gt=0)] | None = None
+    """Tokens that share a forward at most; a longer row runs alone. The rows of a step do not change by it."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     max_steps: Annotated[Whole, Field(ge=-1)] = -1
     """Above 0 it decides instead of `num_train_epochs`."""
@@ -183,6 +188,10 @@ class RunConfig(BaseModel):
             "learning_rate", LEARNING_RATES.get(kind if isinstance(kind, str) else "lora", 2e-4)
         )
         total = values.get("batch_size")
+        if values.get("per_device_train_batch_size") is None:
+            values.pop("per_device_train_batch_size", None)
+            if total is None and values.get("max_tokens_per_batch") is not None:
+                values["per_device_train_batch_size"] = None
         if isinstance(total, int) and total > 0:
             if "per_device_train_batch_size" not in values:
                 fitting = [size for size in (4, 3, 2, 1) if total % size == 0]
@@ -213,7 +222,7 @@ class RunConfig(BaseModel):
 
     def accumulation(self, world_size: int = 1) -> int:
         """Micro-batches a device adds up before a step. Raises ConfigError where `batch_size` cannot be met exactly."""
-        if self.batch_size is None:
+        if self.batch_size is None or self.per_device_train_batch_size is None:
             return self.gradient_accumulation_steps
         at_once = self.per_device_train_batch_size * world_size
         if self.batch_size % at_once:
@@ -229,6 +238,12 @@ class RunConfig(BaseModel):
                 remedy=near,
             )
         return self.batch_size // at_once
+
+    def rows_per_step(self, world_size: int = 1) -> int | None:
+        """Rows of an optimizer step over all devices; None where it is `accumulation` packs a device instead."""
+        if self.per_device_train_batch_size is None:
+            return None
+        return self.per_device_train_batch_size * self.accumulation(world_size) * world_size
 
     def val_rows(self, rows: int) -> int:
         """How many of `rows` are held out. Raises ConfigError when nothing would be left to train on."""

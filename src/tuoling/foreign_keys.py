@@ -71,8 +71,13 @@ AUTOMATIC = _names(
     data_seed"""
 )
 FAST_PATH = _names(
-    """flash_attn attn_implementation enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels packing
-    neat_packing group_by_length use_reentrant_gc torch_compile tf32 auto_find_batch_size"""
+    """flash_attn attn_implementation enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels group_by_length
+    length_column_name padding_free batch_flattening pad_to_sequence_len pad_to_max_length use_reentrant_gc
+    torch_compile tf32 auto_find_batch_size"""
+)
+PACKING = _names(
+    """packing neat_packing sample_packing eval_packing eval_sample_packing packing_strategy packing_length
+    packing_num_proc sample_packing_bin_size sample_packing_group_size sample_packing_sequentially"""
 )
 LAUNCH = _names(
     """deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend local_rank
@@ -116,6 +121,13 @@ def answers(key: str) -> str | None:
         return tr(
             "not needed: rows are always packed without padding and never see each other; the fastest safe path is chosen",
             "不需要：样本总是无填充打包且互不可见，最快的安全路径自动选择",
+        )
+    if key in PACKING:
+        return tr(
+            "not needed: rows are always packed without padding and never see each other. Batch sizes count rows here, "
+            "not packs: for steps of full packs give max_tokens_per_batch=N and no batch size",
+            "不需要：样本总是无填充打包且互不可见。这里的批大小按条数计，不按打包后的段数计：想让每步由装满的包组成，"
+            "写 max_tokens_per_batch=N，不写批大小",
         )
     if key in LAUNCH:
         return tr(

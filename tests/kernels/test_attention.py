@@ -26,17 +26,19 @@ def draw(
 @pytest.mark.parametrize("slopes", [None, SLOPES])
 @pytest.mark.parametrize("keys", [4, 2, 1])
 @pytest.mark.parametrize("merge", [0, 2**21])
+@pytest.mark.parametrize("query_rows", [8, 512])
 def test_equals_one_dense_masked_softmax(
     lengths: tuple[int, ...],
     window: int | None,
     slopes: torch.Tensor | None,
     keys: int,
     merge: int,
+    query_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Documents alone and in groups, grouped heads, blocks of queries, ALiBi, a window: all the same sums."""
     monkeypatch.setattr(attention, "MERGE_WORK", merge)
-    monkeypatch.setattr(attention, "QUERY_ROWS", 8)
+    monkeypatch.setattr(attention, "QUERY_ROWS", query_rows)
     q, k, v = draw(sum(lengths), 4, keys)
     bias = None if window is None and slopes is None else Bias(slopes, window)
     ours = attend(q, k, v, pack_of(lengths), scale=0.3, bias=bias)

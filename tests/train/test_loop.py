@@ -19,6 +19,9 @@ from tuoling.errors import ConfigError, DataError, OutputError, TrainingError
 from tuoling.train import loop
 from tuoling.train.checkpoint import checkpoints
 from tuoling.train.loop import RunResult, train
+from tuoling.train.prepare import prepare
+from tuoling.train.run_folder import RunFolder
+from tuoling.train.steps import make_steps
 
 
 def run(tmp_path: Path, model: Path, rows: list[dict[str, Any]] | None = None, **keys: Any) -> RunResult:
@@ -116,6 +119,74 @@ def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_ty
         assert torch.allclose(tensor, weights[1][key], rtol=1e-4, atol=1e-6), key
 
 
+class KeepsGradients(torch.optim.SGD):
+    """Takes no step: keeps the gradients it was to take one with."""
+
+    gradient: torch.Tensor
+
+    def step(self, closure: Any = None) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_the_gradient_is_the_same_in_any_number_of_micro_batches(
+    tmp_path: Path, bloom: Path, finetuning_type: str
+) -> None:
+    rows = [{"instruction": "说", "output": "好" * (1 + 5 * n)} for n in range(8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"model_name_or_path": str(bloom), "data": [str(data)], "dtype": "fp32", "device": "cpu"}
+    keys |= {"lora_dropout": 0.0, "batch_size": 8, "finetuning_type": finetuning_type}
+    setup = prepare(load_config((), (), keys).config, say=lambda _: None)
+    run = RunFolder(tmp_path, {})
+    parts = loop.assemble(setup, run, {}, lambda _: None)
+    for name, parameter in parts.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # at 0, where it begins, half of the gradients are 0
+    trained = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+    lengths, gradients, losses = setup.train.lengths, {}, []
+    for budget in (int(lengths.sum()), int(lengths.sum()) - 1, 1, None):
+        config = setup.config.model_copy(update={"max_tokens_per_batch": budget})
+        batches = loop.batches_of_step(setup.train, make_steps(config, lengths), 0)
+        assert sorted(row for batch in batches for row in batch.rows) == list(range(8))
+        optimizer = KeepsGradients(trained, lr=0.0)
+        losses.append(loop.train_step(parts.fast, optimizer, parts.accelerator, batches, 0.0)[0])
+        gradients[len(batches)] = optimizer.gradient
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert sorted(gradients) == [1, 2, 8]
+    for gradient in gradients.values():
+        assert (gradient - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
+
+
+def test_a_run_in_steps_of_tokens(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    step = loop.train_step
+
+    def watch(fast: Any, optimizer: Any, accelerator: Any, batches: Any, norm: float) -> Any:
+        assert all(batch.input_ids.numel() <= 128 for batch in batches)
+        seen.append([row for batch in batches for row in batch.rows])
+        return step(fast, optimizer, accelerator, batches, norm)
+
+    monkeypatch.setattr(loop, "train_step", watch)
+    result = run(tmp_path, bloom, sum_rows(30), num_train_epochs=2, max_tokens_per_batch=128)
+    assert sorted(row for rows in seen for row in rows) == sorted([*range(30), *range(30)])
+    manifest = json.loads((result.path / "run.json").read_text())
+    assert manifest["plan"]["total_steps"] == len(seen) == result.results["steps"]
+    assert manifest["plan"]["fill"] > 0.8 and manifest["plan"]["rows_per_step"] is None
+    assert manifest["config"]["per_device_train_batch_size"] is None
+    assert result.results["epochs"] == 2
+    assert "token" in (result.path / "README.md").read_text().split("每步 each step |")[1].splitlines()[0]
+
+
+def test_a_budget_bounds_validation_and_does_not_change_it(tmp_path: Path, bloom: Path) -> None:
+    losses = []
+    for name, more in (("a", {}), ("b", {"max_tokens_per_batch": 64})):
+        keys = {"val_size": 6, "max_steps": 1, "per_device_train_batch_size": 4, "adam_epsilon": 1e-3}
+        result = run(tmp_path / name, bloom, **keys, **more)
+        losses.append(result.results["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_two_runs_are_equal_bit_for_bit(tmp_path: Path, bloom: Path) -> None:
     first = run(tmp_path / "a", bloom, lora_dropout=0.1)
     second = run(tmp_path / "b", bloom, lora_dropout=0.1)
@@ -205,13 +276,13 @@ def test_ctrl_c_while_the_end_is_saved_lets_it_be_saved(
 def test_a_stop_before_the_first_step_is_told_and_leaves_no_weights(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = loop.SampleOrder
+    begin = loop.make_steps
 
     def pressed(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return begin(*args)
 
-    monkeypatch.setattr(loop, "SampleOrder", pressed)
+    monkeypatch.setattr(loop, "make_steps", pressed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, bloom)
     assert state_of(tmp_path / "run") == ("failed", "stopped before it was saved")

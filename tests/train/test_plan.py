@@ -76,6 +76,52 @@ def test_no_rows_is_an_error() -> None:
         plan(0)
 
 
+def test_a_token_budget_keeps_the_steps_and_is_told() -> None:
+    made = plan(10, batch_size=5, max_tokens_per_batch=12, num_train_epochs=3)
+    rows = plan(10, batch_size=5, num_train_epochs=3)
+    assert (made.total_steps, made.total_rows, made.rows_per_step) == (6, 30, 5)
+    assert made.tokens_per_step == rows.tokens_per_step == 27.5
+    assert made.most_micro_batches >= made.micro_batches_per_step >= 27.5 / 12
+    assert made.fill is not None and 0.5 < made.fill <= 1 and rows.fill is None
+    assert (rows.micro_batches_per_step, made.largest_micro_batch, rows.largest_micro_batch) == (5, 12, 10)
+    told = dict(made.lines())["each step"]
+    assert told.startswith("5 rows, about 28 tokens, micro-batches: ")
+    assert told.endswith(f"each up to 12 tokens, {made.fill:.1%} full")
+
+
+def test_steps_of_tokens_are_counted_exactly() -> None:
+    made = plan(10, max_tokens_per_batch=11, num_train_epochs=2)  # 10, 9+1, 8+2 … or better: 5 x 11 tokens
+    assert (made.total_steps, made.total_rows, made.rows_per_step, made.epochs) == (10, 20, None, 2)
+    assert (made.tokens_per_step, made.micro_batches_per_step, made.fill) == (11, 1, 1)
+    assert dict(made.lines())["each step"] == (
+        "about 11 tokens, 2.0 rows, micro-batches: 1, each up to 11 tokens, 100.0% full"
+    )
+    once_an_epoch = plan(10, max_tokens_per_batch=11, num_train_epochs=2, eval_steps=None)
+    assert once_an_epoch.eval_steps == 5
+
+
+def test_rows_longer_than_the_budget_are_told_and_planned_for() -> None:
+    made = plan(10, max_tokens_per_batch=7, num_train_epochs=1)
+    assert (made.rows_over_budget, made.longest_row, made.largest_micro_batch, made.total_rows) == (
+        3,
+        10,
+        10,
+        10,
+    )
+    (warning,) = [text for text in made.warnings() if "max_tokens_per_batch=7" in text]
+    assert "3 of 10, the longest 10 tokens" in warning and "each runs alone" in warning
+    assert not any("max_tokens" in text for text in plan(10, max_tokens_per_batch=10).warnings())
+
+
+def test_memory_is_planned_by_the_budget() -> None:
+    def memory(**keys: Any) -> int:
+        return plan(100, per_device_train_batch_size=50, **keys).memory_bytes
+
+    assert memory() > memory(max_tokens_per_batch=2000) > memory(max_tokens_per_batch=500)
+    assert memory(max_tokens_per_batch=10**6) == memory()
+    assert memory(max_tokens_per_batch=1) == memory(max_tokens_per_batch=100)  # the longest row, alone
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_learning_rate_is_transformers_own(schedule: str, warmup: int) -> None:

@@ -21,6 +21,7 @@ class Batch:
     input_ids [T] int64. labels [T] int64: labels[t] is input_ids[t + 1] where that token is learned and belongs to
     the same example, else IGNORE_INDEX. position_ids [T] int64: from 0 in each example. cu_seqlens [B + 1] int32:
     where examples begin and end. rows: their indices in the store. num_learned: labels that count.
+    extra_labels [E, 2] int64, or None: (t, id) for each further label of a position whose place in `labels` is taken.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +30,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     rows: list[int]
     num_learned: int
+    extra_labels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -39,6 +41,7 @@ class Batch:
             self.cu_seqlens.to(device, non_blocking=True),
             self.rows,
             self.num_learned,
+            None if self.extra_labels is None else self.extra_labels.to(device, non_blocking=True),
         )
 
 
@@ -55,6 +58,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         for begin, end in example.spans.tolist():
             begin = max(begin, 1)  # nothing stands before the first token to predict it from
             labels[start + begin - 1 : start + end - 1] = input_ids[start + begin : start + end]
+    extra = _add_extra_labels(labels, examples, starts)
     positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -62,5 +66,23 @@ def collate(examples: Sequence[Example]) -> Batch:
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         rows=[example.row for example in examples],
-        num_learned=int((labels != IGNORE_INDEX).sum()),
+        num_learned=int((labels != IGNORE_INDEX).sum()) + len(extra),
+        extra_labels=torch.from_numpy(extra) if len(extra) else None,
     )
+
+
+def _add_extra_labels(labels: np.ndarray, examples: Sequence[Example], starts: np.ndarray) -> np.ndarray:
+    """Put the examples' extra labels where `labels` [T] is free; [E, 2], (t, id) of those whose place is taken."""
+    extra = [
+        np.add(example.extra_labels, [start - 1, 0])
+        for start, example in zip(starts.tolist(), examples, strict=True)
+        if example.extra_labels is not None
+    ]
+    if not extra:
+        return np.empty((0, 2), dtype=np.int64)
+    pairs = np.concatenate(extra)
+    _, first = np.unique(pairs[:, 0], return_index=True)
+    free = np.zeros(len(pairs), dtype=bool)
+    free[first] = labels[pairs[first, 0]] == IGNORE_INDEX
+    labels[pairs[free, 0]] = pairs[free, 1]
+    return pairs[~free]

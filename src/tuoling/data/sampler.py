@@ -48,21 +48,28 @@ class SampleOrder:
     def permutation(self, epoch: int) -> np.ndarray:
         """int64 [num_rows], the rows in the order of this epoch."""
         if epoch != self._epoch:
-            # sorted by a hash instead of drawn by numpy's generator, whose streams may change between versions
-            keys = _mix(np.arange(self.num_rows, dtype=np.uint64) + _start(self.seed, epoch))
-            self._order, self._epoch = np.argsort(keys, kind="stable"), epoch
+            self._order, self._epoch = shuffled(self.num_rows, self.seed, epoch), epoch
         return self._order
 
 
-def _start(seed: int, epoch: int) -> np.uint64:
-    """Where this epoch's stream of hashes begins: a hash of both numbers, so that streams do not overlap."""
+def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
+    """int64 [count]: the numbers below `count` in an order that is a function of seed and key alone."""
+    # sorted by a hash instead of drawn by numpy's generator, whose streams may change between versions
+    keys = splitmix64(np.arange(count, dtype=np.uint64) + _start(seed, *key))
+    return np.argsort(keys, kind="stable")
+
+
+def _start(seed: int, *key: int) -> np.uint64:
+    """Where a stream of hashes begins: a hash of all these numbers, so that streams do not overlap."""
     mask = (1 << 64) - 1
-    first = _mix(np.array([seed & mask], dtype=np.uint64))
-    return np.uint64(_mix(first ^ np.array([(epoch * 0x9E3779B97F4A7C15) & mask], dtype=np.uint64))[0])
+    state = splitmix64(np.array([seed & mask], dtype=np.uint64))
+    for number in key:
+        state = splitmix64(state ^ np.array([(number * 0x9E3779B97F4A7C15) & mask], dtype=np.uint64))
+    return np.uint64(state[0])
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64: uint64 → uint64, one to one."""
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """uint64 → uint64, one to one, every bit depending on every bit."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -19,11 +19,16 @@ _HASH_BELOW_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """input_ids: uint32 [L]. spans: int64 [S, 2], half-open token ranges that are learned. row: index in the store."""
+    """input_ids: uint32 [L]. spans: int64 [S, 2], half-open token ranges that are learned. row: index in the store.
+
+    extra_labels: int64 [E, 2], (place, id) pairs that are learned as well: `id` is to follow the tokens before `place`,
+    whatever stands there. They come from rows that begin like this one (prefixes.py).
+    """
 
     input_ids: np.ndarray
     spans: np.ndarray
     row: int
+    extra_labels: np.ndarray | None = None
 
 
 class TokenStore:
@@ -56,6 +61,11 @@ class TokenStore:
         return Example(
             np.asarray(self._tokens[begin:end]), self._spans[first:last].astype(np.int64), int(index)
         )
+
+    @property
+    def learned_ends(self) -> np.ndarray:
+        """int64 [N]: where the last learned span of each example ends."""
+        return self._spans[self._span_offsets[1:] - 1, 1].astype(np.int64)
 
     def place(self, index: int) -> str:
         """`file:line` of the row an example was made from."""

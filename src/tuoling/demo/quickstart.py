@@ -27,9 +27,10 @@ class Course:
     held_out_per_kind: int = 30
     pretrain: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "per_device_train_batch_size": 48,
-            "num_train_epochs": 2.2,
-            "learning_rate": 3e-3,
+            "per_device_train_batch_size": 96,
+            "num_train_epochs": 1.6,
+            "optim": "muon",
+            "learning_rate": 1e-2,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "weight_decay": 0.1,
@@ -40,7 +41,7 @@ class Course:
         default_factory=lambda: {
             "per_device_train_batch_size": 32,
             "num_train_epochs": 2,
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "adam_beta2": 0.98,

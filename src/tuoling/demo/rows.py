@@ -32,14 +32,14 @@ class Kind:
 
 
 KINDS = (
-    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic, 1.5),
+    Kind("arithmetic", "arithmetic", "算术", skills.arithmetic, 2.3),
     Kind("numerals", "numerals", "数字读写", skills.numerals, 0.8),
     Kind("extraction", "extraction", "信息抽取", skills.extraction, 0.8),
     Kind("classification", "classification", "分类", talk.classification, 0.6),
     Kind("rewriting", "rewriting", "改写", skills.rewriting, 0.7),
-    Kind("translation", "translation", "翻译", skills.translation),
+    Kind("translation", "translation", "翻译", skills.translation, 1.3),
     Kind("closed_qa", "closed questions", "阅读问答", skills.closed_qa, 1.2),
-    Kind("choice", "choice", "选择", skills.choice),
+    Kind("choice", "choice", "选择", skills.choice, 1.3),
     Kind("self_cognition", "self-cognition", "自我认知", talk.self_cognition),
     Kind("multi_turn", "multi-turn", "多轮对话", talk.multi_turn),
 )

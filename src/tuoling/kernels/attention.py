@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuoling.kernels.short_attention import LONGEST, short_attention
+
 QUERY_ROWS = 512
 """Longer documents meet a bias in blocks of this many queries: 16 heads x 512 x 2,048 x 4 B = 67 MB instead
 of 268 MB for the square, and half of the work (keys after a block are never touched)."""
@@ -136,6 +138,9 @@ class Bias:
         return (-slopes_N[:, None, None] * distance).masked_fill_(hidden, float("-inf")).unsqueeze(0)
 
 
+CAUSAL = Bias()
+
+
 def attend(
     q_TND: Tensor,
     k_TKD: Tensor,
@@ -192,8 +197,16 @@ def _attend_group(
     if length < FLOAT32_BELOW and q_BNLD.dtype == torch.bfloat16 and q_BNLD.device.type == "cpu":
         q, k, v = q_BNLD.float(), k_BKLD.float(), v_BKLD.float()
         return _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias).to(q_BNLD.dtype)
-    if bias is None or (bias.slopes_N is None and (window is None or length <= window)):
+    plain = bias is None or (bias.slopes_N is None and (window is None or length <= window))
+    if length <= min(LONGEST, QUERY_ROWS) and q_BNLD.device.type == "cpu" and dropout == 0.0:
+        repeat = q_BNLD.shape[1] // k_BKLD.shape[1]
+        if repeat > 1:
+            k_BKLD, v_BKLD = (x.repeat_interleave(repeat, dim=1) for x in (k_BKLD, v_BKLD))
+        square = (CAUSAL if bias is None else bias).strip(length, length, q_BNLD)
+        return short_attention(q_BNLD, k_BKLD, v_BKLD, square.to(q_BNLD.dtype), scale)
+    if plain:
         return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
+    assert bias is not None
     bias.strip(min(length, QUERY_ROWS), length, q_BNLD)  # grow once, for the longest
     blocks = []
     for start, q in zip(range(0, length, QUERY_ROWS), q_BNLD.split(QUERY_ROWS, dim=2), strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuoling import console
 from tuoling.errors import ModelError
-from tuoling.kernels import bloom, lora, probe
+from tuoling.kernels import bloom, lora, norm, probe
 from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
@@ -59,34 +59,47 @@ class FastModel:
         linear = find_linear(self._base)
         self._head = None if linear is None else Head(linear)
         self._lora = [] if unwrap is None else lora.install(self._base)
+        self._norms = norm.install(self._base)
         self._scale = 1.0
         self._select = False  # the stock loss asks the head for learned positions only
 
-    def loss_sum(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def loss_sum(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        extra_labels: Tensor | None = None,
+    ) -> Tensor:
         """Sum of cross entropy in nats over labels [T] != -100 of the documents input_ids [T]; never divides.
 
         labels are shifted already: labels[t] is what follows input_ids[t] in its document. cu_seqlens [B+1]
         are the documents' bounds. With nothing learned: a zero attached to the graph.
+        extra_labels [E, 2]: further (t, label) pairs of the sum; a position may have many.
         """
         pack = Pack.of(cu_seqlens)
+        where = supervised(labels)
+        labels = labels[where]
+        if extra_labels is not None:
+            where, labels = torch.cat([where, extra_labels[:, 0]]), torch.cat([labels, extra_labels[:, 1]])
         if self.packed:
             try:
-                return self._loss(input_ids, labels, position_ids, pack)
+                return self._loss(input_ids, where, labels, position_ids, pack)
             except Unpackable as error:  # a mask that shows its true shape only in documents this long
                 self._refuse_packing(str(error))
-        total: Tensor | None = None
-        ids_of, labels_of = input_ids.split(pack.lengths), labels.split(pack.lengths)
-        learned = [i for i, part in enumerate(labels_of) if bool((part != -100).any())]
-        for i in learned or [0]:
-            loss = self._loss(ids_of[i], labels_of[i], None, None)
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total
+        losses, start = [], 0
+        for ids in input_ids.split(pack.lengths):
+            mine = (where >= start) & (where < start + len(ids))
+            if bool(mine.any()) or not len(where):
+                losses.append(self._loss(ids, where[mine] - start, labels[mine]))
+            start += len(ids)
+        return torch.stack(losses).sum()
 
     def uninstall(self) -> None:
         """Leave the model as it was found."""
         self._attention.restore()
         lora.uninstall(self._lora)
+        norm.uninstall(self._norms)
         if self._head is not None:
             self._head.remove()
             self._head = None
@@ -108,9 +121,9 @@ class FastModel:
         return logits[0]
 
     def _loss(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, pack: Pack | None
+        self, ids: Tensor, where: Tensor, labels: Tensor, at: Tensor | None = None, pack: Pack | None = None
     ) -> Tensor:
-        where = supervised(labels)
+        """The sum over positions where [S] of ids [T] with labels [S]; at [T]: position ids."""
         answer: AbstractContextManager[None] = nullcontext()
         if self.fused_loss or self._select:
             assert self._head is not None
@@ -118,12 +131,12 @@ class FastModel:
                 self._fused(labels, where) if self.fused_loss else self._selected(where)
             )
         with answer:
-            out = self._forward(input_ids, position_ids, pack)
+            out = self._forward(ids, at, pack)
         if self.fused_loss:
             return out.float().sum()
         if not len(where):
             return out.float().sum() * 0.0
-        return probe.stock_loss(out if self._select else out[where], labels[where])
+        return probe.stock_loss(out if self._select else out[where], labels)
 
     def _fused(self, labels: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
         """The head's answer [1, 1, 1]: the loss, divided by what the model will multiply it with."""
@@ -132,9 +145,7 @@ class FastModel:
             assert self._head is not None
             head = self._head.linear
             hidden_TD = hidden[0].index_select(0, where)
-            total, _ = linear_cross_entropy(
-                hidden_TD, head.weight, labels[where], head.bias, scale=self._scale
-            )
+            total, _ = linear_cross_entropy(hidden_TD, head.weight, labels, head.bias, scale=self._scale)
             return (total / self._scale).view(1, 1, 1)
 
         return answer
@@ -215,7 +226,7 @@ class FastModel:
 
         def exact() -> bool:
             try:
-                return probe.apart(self._loss(ids, labels, None, None), expected) <= tolerance
+                return probe.apart(self._loss(ids, supervised(labels), ids[1:]), expected) <= tolerance
             except Exception:
                 return False
 

@@ -96,7 +96,9 @@ def _plain_adapter(module: Any) -> str | None:
     parts = (linear, module.lora_A[name], module.lora_B[name])
     plain = (
         name not in module.lora_variant
-        and all(type(part) is nn.Linear and "forward" not in part.__dict__ and not _hooked(part) for part in parts)
+        and all(
+            type(part) is nn.Linear and "forward" not in part.__dict__ and not _hooked(part) for part in parts
+        )
         and parts[1].bias is None
         and parts[2].bias is None
         and linear.weight.is_floating_point()
@@ -179,7 +181,9 @@ class _Dropped:
         if like.device.type != "cpu":
             return _Dropped((torch.rand_like(like, dtype=torch.float32) < p).view(-1).nonzero().squeeze(1))
         seed = int(torch.randint(2**62, ()))  # torch's generator decides: one state to save and to replay
-        return _Dropped(torch.from_numpy(bernoulli_places(like.numel(), p, np.random.Generator(np.random.SFC64(seed)))))
+        return _Dropped(
+            torch.from_numpy(bernoulli_places(like.numel(), p, np.random.Generator(np.random.SFC64(seed))))
+        )
 
     def of(self, x: Tensor) -> Tensor:
         """x with the dropped elements zero: x itself where nothing is dropped, else a copy."""
@@ -197,7 +201,7 @@ def bernoulli_places(count: int, p: float, random: np.random.Generator) -> np.nd
     step = -1.0 / math.log1p(-p)
     expected = count * p
     some = int(expected + 6.0 * math.sqrt(expected) + 16)
-    places = np.empty(0, np.int64)
+    places: np.ndarray[Any, Any] = np.empty(0, np.int64)
     last = -1
     while last < count:
         gaps = random.standard_exponential(some, dtype=np.float32)

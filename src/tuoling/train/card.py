@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tuoling.train.plan import quantization_of
 
 if TYPE_CHECKING:
+    from tuoling.train.plan import Plan
     from tuoling.train.prepare import Setup
 
 
@@ -27,7 +28,7 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
             "学习率 learning rate",
             f"{config.learning_rate:g} ({config.lr_scheduler_type}, warm-up {plan.warmup_steps})",
         ),
-        ("每步条数 rows a step", f"{plan.rows_per_step}"),
+        ("每步 each step", _step(plan)),
         ("步数 steps", f"{results['steps']:,} ({results['epochs']:g} epochs)"),
         ("精度 precision", _precision(setup)),
         ("训练损失 training loss", f"{results['train_loss_first']:.4f} → {results['train_loss_last']:.4f}"),
@@ -63,6 +64,11 @@ financial decisions. The licences of the base and of the data apply to these wei
 
 完整的配置、数据摘要与版本见 `run.json`。The whole configuration, hashes and versions are in `run.json`.
 """
+
+
+def _step(plan: Plan) -> str:
+    tokens = f"约 about {plan.tokens_per_step:,.0f} token"
+    return tokens if plan.rows_per_step is None else f"{plan.rows_per_step} 条 rows, {tokens}"
 
 
 def _method(config: Any) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuoling import console, environment, files
+from tuoling.data.batches import lay
 from tuoling.data.pack import Batch, collate
-from tuoling.data.sampler import SampleOrder
 from tuoling.kernels.install import FastModel, install
 from tuoling.language import tr
 from tuoling.models.load import load_model
@@ -37,6 +37,7 @@ from tuoling.train.progress import (
 )
 from tuoling.train.rows import Rows
 from tuoling.train.run_folder import RunFolder, claim, default_run_folder, manifest
+from tuoling.train.steps import Steps, make_steps
 from tuoling.train.weights import make_trainable, weight_saver
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
     Raises KeyboardInterrupt where nothing has been trained yet that could be saved.
     """
     config, plan, done = setup.config, setup.plan, Progress()
-    order = SampleOrder(len(setup.train), config.seed)
+    steps = make_steps(config, setup.train.lengths)
     parts.model.train()
     with run.metrics() as metrics, console.progress() as bar:
         task = bar.add_task(tr("training", "训练中"), total=plan.total_steps, detail="")
@@ -135,7 +136,7 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)
-            batches = batches_of_step(setup, order, done.step)
+            batches = batches_of_step(setup.train, steps, done.step)
             loss, grad_norm = train_step(
                 parts.fast, parts.optimizer, parts.accelerator, batches, config.max_grad_norm
             )
@@ -170,16 +171,9 @@ def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
     prune_checkpoints(run.path, keep=setup.config.save_total_limit, best=best)
 
 
-def batches_of_step(setup: Setup, order: SampleOrder, step: int) -> list[Batch]:
+def batches_of_step(train: Rows, steps: Steps, step: int) -> list[Batch]:
     """The micro-batches of an optimizer step: a function of the seed and the step alone."""
-    plan = setup.plan
-    begin = step * plan.rows_per_step
-    end = min(begin + plan.rows_per_step, plan.total_rows)
-    rows = [int(setup.train.index[row]) for row in order.rows(begin, end)]
-    size = plan.rows_per_micro_batch
-    return [
-        collate([setup.train.store[row] for row in rows[at : at + size]]) for at in range(0, len(rows), size)
-    ]
+    return [collate([train[row] for row in rows]) for rows in steps.micro_batches(step)]
 
 
 def train_step(
@@ -218,18 +212,21 @@ def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> b
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
     """Summed cross entropy of a packed batch, in nats, on `device`."""
     here = batch.to(device)
-    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens)
+    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels)
 
 
 @torch.no_grad()
 def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
     """Mean nats per learned token over held-out rows, dropout off."""
-    size = setup.config.per_device_eval_batch_size
+    config = setup.config
+    laid = lay(
+        rows.lengths, rows_at_once=config.per_device_eval_batch_size, max_tokens=config.max_tokens_per_batch
+    )
     was_training = parts.model.training
     parts.model.eval()
     total, learned = 0.0, 0
-    for at in range(0, len(rows), size):
-        batch = collate([rows.store[int(row)] for row in rows.index[at : at + size]])
+    for positions in laid:
+        batch = collate([rows[position] for position in positions])
         with parts.accelerator.autocast():
             total += batch_loss(parts.fast, batch, parts.accelerator.device).item()
         learned += batch.num_learned

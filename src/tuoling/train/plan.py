@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tuoling import environment
+from tuoling.data.batches import largest_micro_batch
 from tuoling.errors import OutputError, TrainingError
 from tuoling.language import tr
 from tuoling.models.quantization import Quantization
+from tuoling.train.steps import look_at, make_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -35,15 +36,25 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Rows, steps and what they will cost. Memory and disk are estimates from shapes."""
+    """Rows, steps and what they will cost. Memory and disk are estimates from shapes.
+
+    rows_per_step: None where a step is packs of up to max_tokens_per_batch tokens. tokens_per_step,
+    micro_batches_per_step: means. fill: of the budget, rows_over_budget (each alone) apart; None without a budget.
+    """
 
     rows: int
     eval_rows: int
     tokens: int
     learned_tokens: int
     longest_row: int
-    rows_per_step: int
-    rows_per_micro_batch: int
+    rows_per_step: int | None
+    max_tokens_per_batch: int | None
+    rows_over_budget: int
+    tokens_per_step: float
+    micro_batches_per_step: float
+    most_micro_batches: int
+    largest_micro_batch: int
+    fill: float | None
     total_rows: int
     total_steps: int
     epochs: float
@@ -55,6 +66,10 @@ class Plan:
     device: str
     memory_bytes: int
     disk_bytes: int
+    shared_rows: int = 0
+    """Rows that begin another one and are computed inside it; not among `rows`."""
+    shared_tokens: int = 0
+    """Tokens these rows would have cost; not among `tokens`."""
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
@@ -78,12 +93,8 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) pairs for people."""
-        mean = self.tokens / max(1, self.rows)
-        per_step = tr(
-            f"{self.rows_per_step} rows, about {mean * self.rows_per_step:,.0f} tokens",
-            f"{self.rows_per_step} 条，约 {mean * self.rows_per_step:,.0f} 个 token",
-        )
         share = 100 * self.trainable / max(1, self.parameters)
+        shared = [(tr("shared prefixes", "共享前缀"), self._sharing())] if self.shared_rows else []
         return [
             (
                 tr("rows", "训练数据"),
@@ -99,7 +110,8 @@ class Plan:
                     f"{self.tokens:,}，其中学习 {self.learned_tokens:,}",
                 ),
             ),
-            (tr("each step", "每步"), per_step),
+            *shared,
+            (tr("each step", "每步"), self._each_step()),
             (
                 tr("steps", "总步数"),
                 tr(
@@ -124,9 +136,50 @@ class Plan:
             ),
         ]
 
+    def _each_step(self) -> str:
+        tokens = f"{self.tokens_per_step:,.0f}"
+        if self.rows_per_step is None:
+            rows = f"{self.total_rows / self.total_steps:,.1f}"
+            parts = [tr(f"about {tokens} tokens, {rows} rows", f"约 {tokens} 个 token，{rows} 条")]
+        else:
+            rows = f"{self.rows_per_step:,}"
+            parts = [tr(f"{rows} rows, about {tokens} tokens", f"{rows} 条，约 {tokens} 个 token")]
+        if self.most_micro_batches > 1 or self.fill is not None:
+            mean, most = f"{self.micro_batches_per_step:.3g}", self.most_micro_batches
+            at_most = tr(f" (at most {most})", f"（最多 {most} 个）") if mean != str(most) else ""
+            parts.append(tr(f"micro-batches: {mean}{at_most}", f"微批次 {mean} 个{at_most}"))
+        if self.fill is not None:
+            parts.append(
+                tr(
+                    f"each up to {self.max_tokens_per_batch:,} tokens, {self.fill:.1%} full",
+                    f"每个至多 {self.max_tokens_per_batch:,} 个 token，填满 {self.fill:.1%}",
+                )
+            )
+        return tr(", ", "，").join(parts)
+
+    def _sharing(self) -> str:
+        rows = self.rows + self.shared_rows
+        saved = self.shared_tokens / (self.tokens + self.shared_tokens)
+        return tr(
+            f"{self.shared_rows:,} of {rows:,} rows begin another row and are learned inside it: "
+            f"{saved:.1%} of tokens saved",
+            f"{rows:,} 条中有 {self.shared_rows:,} 条是另一条的开头，在那一条里一起学：省下 {saved:.1%} 的 token",
+        )
+
     def warnings(self) -> list[str]:
         """What the user may not have meant."""
         found = []
+        if self.rows_over_budget:
+            found.append(
+                tr(
+                    f"rows longer than max_tokens_per_batch={self.max_tokens_per_batch}: {self.rows_over_budget:,} of "
+                    f"{self.rows:,}, the longest {self.longest_row:,} tokens. None is dropped: each runs alone, and "
+                    "memory is planned for the longest",
+                    f"有 {self.rows_over_budget:,} 条（共 {self.rows:,} 条）超过 "
+                    f"max_tokens_per_batch={self.max_tokens_per_batch}，最长 {self.longest_row:,} 个 token。"
+                    "不会丢弃：每条单独计算，内存按最长的一条估计",
+                )
+            )
         if self.total_steps <= self.save_steps:
             found.append(
                 tr(
@@ -181,11 +234,14 @@ def make_plan(
     size: ModelSize,
     dtype: str,
     device: str,
+    shared_rows: int = 0,
+    shared_tokens: int = 0,
 ) -> Plan:
     """Count steps and estimate costs.
 
     lengths, learned: [rows], tokens and learned tokens of each training row.
-    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows.
+    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
+    shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
     rows = len(lengths)
     if rows == 0:
@@ -193,18 +249,13 @@ def make_plan(
             tr("no row is left to train on", "没有可训练的数据"),
             remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
         )
-    per_step = min(rows, config.per_device_train_batch_size * config.accumulation())
-    micro = min(config.per_device_train_batch_size, per_step)
-    total_rows = max(1, round(rows * config.num_train_epochs))
-    steps = math.ceil(total_rows / per_step)
-    if config.max_steps > 0:
-        steps = config.max_steps
-        total_rows = steps * per_step
+    laid = make_steps(config, lengths)
+    figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
+    largest = largest_micro_batch(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
     )
-    per_epoch = math.ceil(rows / per_step)
-    save_steps = _interval(config.save_steps, per_epoch, steps)
+    save_steps = _interval(config.save_steps, laid.per_epoch, steps)
     kept = (config.save_total_limit or steps) + 1  # the newest stands beside the kept ones until it is whole
     copies = min(kept, (steps - 1) // save_steps)
     saved = size.trainable * 4 if config.finetuning_type == "lora" else size.parameters * 4
@@ -214,19 +265,27 @@ def make_plan(
         tokens=int(lengths.sum()),
         learned_tokens=int(learned.sum()),
         longest_row=int(lengths.max()),
-        rows_per_step=per_step,
-        rows_per_micro_batch=micro,
-        total_rows=total_rows,
+        rows_per_step=laid.rows_per_step,
+        max_tokens_per_batch=budget,
+        rows_over_budget=int((lengths > budget).sum()) if budget else 0,
+        tokens_per_step=round(figures.tokens, 1),
+        micro_batches_per_step=round(figures.micro_batches, 3),
+        most_micro_batches=figures.most_micro_batches,
+        largest_micro_batch=largest,
+        fill=round(figures.fill, 4) if figures.fill is not None else None,
+        total_rows=laid.total_rows,
         total_steps=steps,
-        epochs=round(total_rows / rows, 4),
+        epochs=round(laid.total_rows / rows, 4),
         warmup_steps=warmup,
         save_steps=save_steps,
-        eval_steps=_interval(config.eval_steps, per_epoch, steps),
+        eval_steps=_interval(config.eval_steps, laid.per_epoch, steps),
         parameters=size.parameters,
         trainable=size.trainable,
         device=device,
-        memory_bytes=_memory_bytes(config, lengths=lengths, micro=micro, size=size, dtype=dtype),
+        memory_bytes=_memory_bytes(config, longest=largest, size=size, dtype=dtype),
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
+        shared_rows=shared_rows,
+        shared_tokens=shared_tokens,
     )
 
 
@@ -249,16 +308,13 @@ def weight_bytes(config: RunConfig, size: ModelSize, dtype: str) -> int:
     return int((size.parameters - size.linear) * plain + size.linear * quantization.bytes_per_weight)
 
 
-def _memory_bytes(
-    config: RunConfig, *, lengths: Sequence[int] | np.ndarray, micro: int, size: ModelSize, dtype: str
-) -> int:
+def _memory_bytes(config: RunConfig, *, longest: int, size: ModelSize, dtype: str) -> int:
     """Weights + gradients and AdamW state in float32 + activations of the longest micro-batch + libraries.
 
     A block keeps about 22 hidden-sized activations a token for the backward (LayerNorm, fused qkv, attention
     output, the four-fold feed-forward before and after its activation, LoRA's own inputs).
     """
     activation_bytes = 4 if dtype == "fp32" else 2
-    longest = sum(sorted((int(length) for length in lengths), reverse=True)[:micro])
     kept_per_token = size.hidden * 22 * (1 if config.gradient_checkpointing else size.layers)
     libraries = 700 * 2**20
     return int(

@@ -21,7 +21,7 @@ from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
 from tuoling.train.parallel import require_trackers
 from tuoling.train.plan import ModelSize, Plan, make_plan, quantization_of
-from tuoling.train.rows import Rows, Say, compile_rows, hold_out
+from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -101,12 +101,18 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         train, held_out = Rows(store, np.arange(len(store))), Rows(eval_store, np.arange(len(eval_store)))
     else:
         train, held_out = hold_out(store, config.val_rows(len(store)), config.seed)
+    alone = train
+    if config.share_prefixes:
+        train = alone.sharing_prefixes()
+        tell(sharing_note(alone, train))
     size = model_size(source, config)
     plan = make_plan(
         config,
         lengths=train.lengths,
         learned=train.learned,
         eval_rows=len(held_out) if held_out else 0,
+        shared_rows=len(alone) - len(train),
+        shared_tokens=int(alone.lengths.sum() - train.lengths.sum()),
         size=size,
         dtype=dtype,
         device=device,

@@ -126,7 +126,7 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
 def not_finite(run: RunFolder, setup: Setup, batches: Sequence[Batch], row: dict[str, Any]) -> TrainingError:
     """Save the rows of the step whose loss or gradient is not a number, and say where they are."""
     path = run.path / "nonfinite_rows.json"
-    places = [setup.train.store.place(index) for batch in batches for index in batch.rows]
+    places = [place for batch in batches for row in batch.rows for place in setup.train.places(row)]
     found = {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
     files.write_json(path, {"step": row["step"], **found, "rows": places})
     if math.isfinite(row["loss"]):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuoling import console, environment, files
+from tuoling.data.prefixes import SharedPrefixes, share_prefixes
 from tuoling.data.sources import resolve_sources
-from tuoling.data.store import StoreReport, StoreSettings, TokenStore, compile_store
+from tuoling.data.store import Example, StoreReport, StoreSettings, TokenStore, compile_store
 from tuoling.errors import DataError
 from tuoling.language import tr
 
@@ -24,13 +25,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a token store, in the store's order."""
+    """Some rows of a token store, in the store's order. shared: what each of them learns for rows that begin it."""
 
     store: TokenStore
     index: np.ndarray  # int64 [rows]
+    shared: SharedPrefixes | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitem__(self, position: int) -> Example:
+        if self.shared is not None:
+            return self.shared.example(self.store, position)
+        return self.store[int(self.index[position])]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -40,7 +47,21 @@ class Rows:
     @property
     def learned(self) -> np.ndarray:
         """Learned tokens of each row, [rows]."""
+        if self.shared is not None:
+            return self.shared.learned(self.store)
         return np.asarray(self.store.learned)[self.index]
+
+    def places(self, row: int) -> list[str]:
+        """`file:line` of a store row that is trained, and of those learned inside it."""
+        rows = [row]
+        if self.shared is not None:
+            rows += self.shared.members_of(int(np.searchsorted(self.index, row))).tolist()
+        return [self.store.place(each) for each in rows]
+
+    def sharing_prefixes(self) -> Rows:
+        """The same rows, each that begins another of them learned inside it."""
+        shared = share_prefixes(self.store, self.index)
+        return Rows(self.store, shared.hosts, shared)
 
 
 def compile_rows(
@@ -155,3 +176,17 @@ def hold_out(store: TokenStore, count: int, seed: int) -> tuple[Rows, Rows | Non
     out = np.zeros(rows, dtype=bool)
     out[chosen] = True
     return Rows(store, np.flatnonzero(~out)), Rows(store, np.flatnonzero(out)) if chosen else None
+
+
+def sharing_note(alone: Rows, shared: Rows) -> str:
+    """What sharing prefixes changes in a run, in a sentence."""
+    gone = len(alone) - len(shared)
+    if not gone:
+        return tr("share_prefixes: no row begins another one", "share_prefixes：没有哪条数据是另一条的开头")
+    more = len(alone) / len(shared)
+    return tr(
+        f"share_prefixes: {gone:,} of {len(alone):,} rows are computed inside the row they begin; with the same "
+        f"batch size a step holds {more:.2f} times as many rows of the data, and an epoch has that many times fewer steps",
+        f"share_prefixes：{len(alone):,} 条中有 {gone:,} 条在以它开头的那一条里计算；批大小不变时，"
+        f"每步包含的数据是原来的 {more:.2f} 倍，每轮步数相应减少",
+    )

@@ -1,0 +1,125 @@
+"""The rows of every optimizer step, and which of them share a forward: a function of config, lengths and step.
+
+A step is a number of rows, or, where only `max_tokens_per_batch` is asked for, as many rows as fill packs of so many
+tokens. Nothing is kept between steps: step 1,000 can be asked for first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tuoling.data.batches import PackedOrder, lay, split_over_ranks
+from tuoling.data.sampler import SampleOrder
+
+if TYPE_CHECKING:
+    from tuoling.config import RunConfig
+
+LOOKED_AT_ROWS = 200_000
+
+
+class RowSteps:
+    """Steps of so many rows, over all ranks. Only the last one may hold fewer."""
+
+    def __init__(self, config: RunConfig, lengths: np.ndarray, rows_per_step: int, world_size: int) -> None:
+        rows = len(lengths)
+        self._size = min(rows, rows_per_step)
+        self.rows_per_step: int | None = self._size
+        self.max_tokens = config.max_tokens_per_batch
+        # with a budget, tokens alone decide how many rows share a forward
+        self.rows_at_once = self._size
+        if self.max_tokens is None and config.per_device_train_batch_size is not None:
+            self.rows_at_once = min(self._size, config.per_device_train_batch_size)
+        self.per_epoch = math.ceil(rows / self._size)
+        self.total_rows = config.max_steps * self._size if config.max_steps > 0 else whole_rows(config, rows)
+        self.total = math.ceil(self.total_rows / self._size)
+        self._lengths, self._world_size = lengths, world_size
+        self._order = SampleOrder(rows, config.seed)
+
+    def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
+        """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
+        begin = step * self._size
+        rows = self._order.rows(begin, min(begin + self._size, self.total_rows))
+        share = split_over_ranks(self._lengths[rows], self._world_size)[rank]
+        mine = [rows[position] for position in share]
+        laid = lay(self._lengths[mine], rows_at_once=self.rows_at_once, max_tokens=self.max_tokens)
+        return [[mine[position] for position in positions] for positions in laid]
+
+
+class PackSteps:
+    """Steps of so many packs of up to `max_tokens_per_batch` tokens, over all ranks.
+
+    Every row is in one pack of each epoch. A fraction of an epoch is the fewest packs that hold so many rows.
+    """
+
+    def __init__(self, config: RunConfig, lengths: np.ndarray, world_size: int) -> None:
+        assert config.max_tokens_per_batch is not None
+        self.rows_per_step: int | None = None
+        self.rows_at_once = len(lengths)
+        self.max_tokens: int | None = config.max_tokens_per_batch
+        self._packs = PackedOrder(lengths, config.seed, config.max_tokens_per_batch)
+        in_epoch = self._packs.packs_of(len(lengths))
+        self._size = min(in_epoch, config.gradient_accumulation_steps * world_size)
+        self.per_epoch = math.ceil(in_epoch / self._size)
+        if config.max_steps > 0:
+            self._end = config.max_steps * self._size
+        else:
+            self._end = self._packs.packs_of(whole_rows(config, len(lengths)))
+        self.total = math.ceil(self._end / self._size)
+        self.total_rows = self._packs.rows_before(self._end)
+        self._lengths, self._world_size = lengths, world_size
+
+    def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
+        """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
+        begin = step * self._size
+        packs = [self._packs.pack(index) for index in range(begin, min(begin + self._size, self._end))]
+        tokens = [int(self._lengths[rows].sum()) for rows in packs]
+        return [packs[position] for position in split_over_ranks(tokens, self._world_size)[rank]]
+
+
+Steps = RowSteps | PackSteps
+
+
+def make_steps(config: RunConfig, lengths: np.ndarray, world_size: int = 1) -> Steps:
+    """The steps of a run over rows of these lengths."""
+    rows_per_step = config.rows_per_step(world_size)
+    if rows_per_step is None:
+        return PackSteps(config, lengths, world_size)
+    return RowSteps(config, lengths, rows_per_step, world_size)
+
+
+def whole_rows(config: RunConfig, rows: int) -> int:
+    """Rows that are seen in `num_train_epochs` epochs, each as often as they are seen."""
+    return max(1, round(rows * config.num_train_epochs))
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """What steps are like: tokens (mean), micro-batches (mean and most), and how full the budget is."""
+
+    tokens: float
+    micro_batches: float
+    most_micro_batches: int
+    fill: float | None
+
+
+def look_at(steps: Steps, lengths: np.ndarray) -> StepFigures:
+    """Lay the steps of a run and count, up to LOOKED_AT_ROWS rows. Rows longer than the budget are not in the fill."""
+    tokens: list[int] = []
+    counts: list[int] = []
+    rows = 0
+    while len(counts) < steps.total and rows < LOOKED_AT_ROWS:
+        laid = steps.micro_batches(len(counts))
+        counts.append(len(laid))
+        tokens.extend(int(lengths[batch].sum()) for batch in laid)
+        rows += sum(len(batch) for batch in laid)
+    fitting = [count for count in tokens if steps.max_tokens and count <= steps.max_tokens]
+    return StepFigures(
+        tokens=sum(tokens) / len(counts),
+        micro_batches=len(tokens) / len(counts),
+        most_micro_batches=max(counts),
+        fill=sum(fitting) / (len(fitting) * steps.max_tokens) if fitting and steps.max_tokens else None,
+    )
