@@ -49,6 +49,17 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "只记入 run.json。训练只用 transformers 自己的模型类；模型目录自带的 Python 代码只能在 "
                 "`tuoling chat` 和 `predict` 中用 `--allow-remote-code` 运行。",
             ),
+            "quantization_bit": (
+                "Keep the base's linear layers in 8 bits (LLM.int8) or 4, with LoRA on top; 0: not quantised. Unset: as "
+                "the adapter was trained that the run starts from, else not. Needs bitsandbytes (extra `quant`).",
+                "基座的线性层以 8 位（LLM.int8）或 4 位保存，在上面训练 LoRA；0 为不量化。不写：从适配器开始时与它训练时相同，"
+                "否则不量化。需要 bitsandbytes（附加包 `quant`）。",
+            ),
+            "quantization_type": ("The numbers of 4 bits.", "4 位所用的数值类型。"),
+            "double_quantization": (
+                "4 bits: quantise their scales too (0.52 bytes a weight instead of 0.56).",
+                "4 位时把缩放系数也量化（每个权重 0.52 字节，否则 0.56）。",
+            ),
         },
     ),
     (
@@ -308,6 +319,7 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
 ]
 
 CONVERTED: dict[str, tuple[tuple[str, Any], ...]] = {
+    "quantization_bit": (("load_in_8bit", True), ("load_in_4bit", True)),
     "dtype": (("bf16", True), ("fp16", True), ("pure_bf16", True)),
     "learn": (("mask_history", True),),
     "gradient_checkpointing": (("disable_gradient_checkpointing", True),),
@@ -354,7 +366,7 @@ def _type(key: str, schema: dict[str, Any]) -> str:
     """A key's type in words, with its range."""
     (one,) = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
     if "enum" in one:
-        return " | ".join(one["enum"])
+        return " | ".join(map(str, one["enum"]))
     names = {
         "string": tr("text", "文本"),
         "boolean": "true | false",
@@ -401,6 +413,7 @@ def _of_other_tools() -> list[str]:
         (foreign_keys.FAST_PATH, None),
         (foreign_keys.PACKING, None),
         (foreign_keys.LAUNCH, None),
+        (foreign_keys.QUANTIZED_COMPUTE, None),
         (foreign_keys.LOGGING, None),
         (foreign_keys.OTHER_VERBS, foreign_keys.OTHER_VERB_PREFIXES),
     ]
@@ -433,8 +446,10 @@ def _of_other_tools() -> list[str]:
         ),
         tr(
             "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: only `concat`. "
+            "`quantization_method`, `quant_method`: only bnb. `llm_int8_threshold`: only 6.0. "
             "`trust_remote_code`: noted, not obeyed.",
             "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：只接受 `concat`。"
+            "`quantization_method`、`quant_method`：只接受 bnb。`llm_int8_threshold`：只接受 6.0。"
             "`trust_remote_code`：读到但不执行。",
         ),
     ]

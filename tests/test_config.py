@@ -72,7 +72,13 @@ def test_two_names_with_two_values_are_an_error(tmp_path: Path) -> None:
         ("stage=dpo", "stage=dpo: must be one of sft, pt"),
         ("report_to=mlflow", "must be one of tensorboard, wandb, swanlab"),
         ("columns=ask", "columns=ask: must be pairs"),
-        ("quantization_bit=4", "quantization_bit=4: quantised base weights are not supported"),
+        ("quantization_bit=3", "quantization_bit=3: must be one of 0, 4, 8"),
+        ("quantization_bit=true", "quantization_bit=True: must be a number"),
+        ("quantization_type=int4", "quantization_type=int4: must be one of nf4, fp4"),
+        ("load_in_4bit=maybe", "load_in_4bit=maybe: must be true or false"),
+        ("quantization_method=hqq", "kept by bitsandbytes here"),
+        ("llm_int8_threshold=0.0", "its own threshold of 6.0"),
+        ("llm_int8_skip_modules=lm_head", "not supported, and leaving it out would change the result"),
         ("optim=adafactor", "optim=adafactor: must be one of adamw, muon"),
         ("max_seq_len=1", "max_seq_len=1: must be greater than 1"),
     ],
@@ -159,6 +165,45 @@ def test_held_out_rows() -> None:
     assert rows(0, val_size=5) == 5
     with pytest.raises(ConfigError, match="val_size=2000 leaves nothing to train on: there are 1666 rows"):
         rows(1666, val_size=2000)
+
+
+@pytest.mark.parametrize(
+    ("words", "bits", "kind", "double"),
+    [
+        ((), None, "nf4", True),
+        (("quantization_bit=8",), 8, "nf4", True),
+        (("load_in_8bit=true", "load_in_4bit=false"), 8, "nf4", True),
+        (("load_in_4bit=true", "bnb_4bit_quant_type=fp4", "use_bnb_nested_quant=false"), 4, "fp4", False),
+        (("quant_bits=4", "quant_method=bnb", "bnb_4bit_use_double_quant=false"), 4, "nf4", False),
+        (
+            ("quantization_bit=4", "quantization_method=BNB", "bnb_4bit_compute_dtype=bfloat16"),
+            4,
+            "nf4",
+            True,
+        ),
+        (("quantization_bit=0", "llm_int8_threshold=6.0", "finetuning_type=full"), 0, "nf4", True),
+    ],
+)
+def test_quantised_bases_by_every_name(
+    words: tuple[str, ...], bits: int | None, kind: str, double: bool
+) -> None:
+    config = load_config([], words).config
+    asked = (config.quantization_bit, config.quantization_type, config.double_quantization)
+    assert asked == (bits, kind, double)
+
+
+def test_what_4_bits_mean_is_said() -> None:
+    (note,) = (note for note in load_config([], ["load_in_4bit=true"]).notes if "load_in_4bit" in note)
+    assert "quantization_type=nf4, double_quantization=true" in note
+    with pytest.raises(ConfigError, match="quantization_bit is given twice: 4"):
+        load_config([], ["load_in_4bit=true", "load_in_8bit=true"])
+
+
+def test_whole_models_are_not_trained_quantised() -> None:
+    with pytest.raises(ConfigError, match="quantization_bit=4 with finetuning_type=full") as caught:
+        load_config([], ["quantization_bit=4", "finetuning_type=full"])
+    remedy = str(caught.value.remedy)
+    assert "finetuning_type=lora" in remedy and "quantization_bit=0" in remedy
 
 
 def test_null_takes_a_key_away(tmp_path: Path) -> None:

@@ -152,12 +152,23 @@ def test_full_sft(tmp_path: Path) -> None:
     assert not said(loaded, "lora_dropout")
 
 
-def test_qlora_is_refused_with_the_way_past(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantization_bit=4") as caught:
-        load(tmp_path, QLORA_SFT)
-    assert caught.value.where == f"{tmp_path / 'lf.yaml'}:2"
-    assert "quantization_bit=null" in (caught.value.remedy or "")
+def test_qlora(tmp_path: Path) -> None:
+    bits = "quantization_bit: 4\n"
+    asked = f"{bits}quantization_method: bnb\ndouble_quantization: false\nquantization_type: fp4\n"
+    config = load(tmp_path, QLORA_SFT.replace(bits, asked)).config
+    assert (config.quantization_bit, config.quantization_type, config.double_quantization) == (
+        4,
+        "fp4",
+        False,
+    )
+    config = load(tmp_path, QLORA_SFT).config
+    assert (config.quantization_bit, config.quantization_type, config.double_quantization) == (4, "nf4", True)
+    with pytest.raises(
+        ConfigError, match="quantization_method=hqq: quantised bases are kept by bitsandbytes"
+    ):
+        load(tmp_path, QLORA_SFT.replace(bits, "quantization_bit: 4\nquantization_method: hqq\n"))
     loaded = load(tmp_path, QLORA_SFT, "quantization_bit=null")
+    assert loaded.config.quantization_bit is None
     assert (loaded.config.lora_target, loaded.config.dtype) == (("q_proj", "v_proj"), "fp16")
     assert loaded.config.eval_dataset == ("held_out",)
     assert said(loaded, "taken away on the command line: quantization_bit")

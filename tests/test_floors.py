@@ -39,6 +39,7 @@ HEAVY = {
     "pandas",
     "matplotlib",
     "tokenizers",
+    "bitsandbytes",
 }
 LIGHT_ROOMS = {"cli", "text", "data", "demo", "api", "__main__", ""}
 TORCH_AT_THE_TOP = {"data/pack.py"}

@@ -45,11 +45,13 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     allow_remote_code: bool = False,
+    quantization_bit: int | None = None,
 ) -> Model:
     """Load a run, an adapter, a model folder or a hub id; base, template and stops come from what lies there.
 
     template: another template than the one it was tuned with. base: where an adapter's base lies now.
     dtype:    auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
+    quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
     Raises ModelError or TemplateError.
     """
     from tuoling.infer.open_engine import open_engine
@@ -63,6 +65,7 @@ def load(
             dtype=dtype,
             device=device,
             allow_remote_code=allow_remote_code,
+            quantization_bit=quantization_bit,
         )
     )
 

@@ -76,6 +76,11 @@ class RunConfig(BaseModel):
     model_revision: str | None = None
     template: str | None = None
     allow_remote_code: bool = False
+    quantization_bit: Annotated[Literal[0, 4, 8], BeforeValidator(_not_bool)] | None = None
+    """None: as the adapter it starts from was trained, and not quantised without one. 0: not quantised."""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    double_quantization: bool = True
+    """The last two are for 4 bits."""
 
     # what is trained
     stage: Literal["sft", "pt"] = "sft"
@@ -310,6 +315,19 @@ def cross_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | No
             "val_size",
             tr(f"val_size and {name} are both given", f"val_size 和 {name} 同时给出了"),
             tr("keep one of the two: val_size=0 keeps the file", "保留其中一个：val_size=0 则使用文件"),
+        )
+    if values.get("quantization_bit") and values.get("finetuning_type", "lora") == "full":
+        bits = values["quantization_bit"]
+        yield (
+            "quantization_bit",
+            tr(
+                f"quantization_bit={bits} with finetuning_type=full: quantised weights cannot be trained themselves",
+                f"quantization_bit={bits} 与 finetuning_type=full 冲突：量化后的权重本身不能训练",
+            ),
+            tr(
+                f"finetuning_type=lora trains an adapter on {bits} bits; quantization_bit=0 trains every weight",
+                f"finetuning_type=lora 在 {bits} 位基座上训练适配器；quantization_bit=0 训练全部权重",
+            ),
         )
     if values.get("dataset") and values.get("data"):
         yield (

@@ -95,13 +95,19 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
     """Keys whose value must be turned into another, too. True when the key has been dealt with."""
     if key in ("bf16", "fp16", "pure_bf16"):
         if not isinstance(value, bool):
-            done.issues.append(
-                Issue(
-                    tr(f"{key}={value}: must be true or false", f"{key}={value}：只能是 true 或 false"), where
-                )
-            )
+            done.issues.append(_no_bool(key, value, where))
         elif value:
             done.put("dtype", "fp16" if key == "fp16" else "bf16", where)
+    elif key in ("load_in_8bit", "load_in_4bit"):
+        if value is True:
+            _load_in_bits(8 if key == "load_in_8bit" else 4, key, where, done)
+        elif value is not False:
+            done.issues.append(_no_bool(key, value, where))
+    elif key in ("quantization_method", "quant_method", "llm_int8_threshold"):
+        if str(value).lower() not in ("bnb", "bitsandbytes", "6", "6.0"):
+            name = "quantization_method" if key == "quant_method" else key
+            remedy = tr(f"{key}=null uses what is here", f"加上 {key}=null 则使用这里的方式")
+            done.issues.append(Issue(f"{key}={value}: {foreign_keys.refusal(name)}", where, remedy))
     elif key in ("eval_strategy", "evaluation_strategy", "save_strategy"):
         _strategy(key, value, where, done)
     elif key == "mask_history":
@@ -136,6 +142,22 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
     else:
         return False
     return True
+
+
+def _load_in_bits(bits: int, key: str, where: str, done: Settled) -> None:
+    """transformers' word for it. What 4 bits are by default differs from tool to tool, so it is said."""
+    done.put("quantization_bit", bits, where)
+    ours = RunConfig.model_fields
+    kind, double = ours["quantization_type"].default, ours["double_quantization"].default
+    note = f"{key}: quantization_bit={bits}"
+    if bits == 4:
+        note += tr(", unless told otherwise ", "，如无另外指定则 ")
+        note += f"quantization_type={kind}, double_quantization={str(double).lower()}"
+    done.notes.append(note)
+
+
+def _no_bool(key: str, value: Any, where: str) -> Issue:
+    return Issue(tr(f"{key}={value}: must be true or false", f"{key}={value}：只能是 true 或 false"), where)
 
 
 def _strategy(key: str, value: Any, where: str, done: Settled) -> None:

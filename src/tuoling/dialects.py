@@ -214,8 +214,8 @@ def _april_2023(model: ConfigFile, adapter: ConfigFile | None) -> Settled:
     if done.values["finetuning_type"] == "lora":
         done.notes.append(
             tr(
-                "that script keeps the base in 8 bits; here it stays in the machine's dtype",
-                "原脚本的基座权重为 8 位；这里按机器的精度保存",
+                "that script keeps the base in 8 bits; here it stays in the machine's dtype unless you add quantization_bit=8",
+                "原脚本的基座权重为 8 位；这里按机器的精度保存，要 8 位请加 quantization_bit=8",
             )
         )
     return done

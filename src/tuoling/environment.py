@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import locale
+import logging
 import os
 import platform
 import shutil
@@ -69,6 +70,8 @@ def quiet_libraries() -> None:
     none kept 74 s). The heap's own holes remain.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -146,6 +149,15 @@ def pick_dtype(asked: str, device: str) -> str:
     return "fp16"
 
 
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Of an NVIDIA card, such as (7, 5) for Turing; None for everything else."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(torch.device(device)) if torch.version.cuda else None
+
+
 def memory_total_bytes() -> int:
     """Memory of the machine, or of the container where that is less."""
     import psutil
@@ -205,6 +217,7 @@ def versions() -> dict[str, str]:
         "peft",
         "accelerate",
         "safetensors",
+        "bitsandbytes",
         "numpy",
     ):
         try:

@@ -57,12 +57,13 @@ class TrainingError(TuolingError):
 class MissingPackage(TuolingError):
     """An optional package is needed and not installed."""
 
-    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, *, extra: str, purpose: str, otherwise: str | None = None) -> None:
+        """otherwise: how to go on without it, the remedy's second line."""
         from tuoling.language import tr
 
         super().__init__(
             tr(f"{purpose} needs the package {package}", f"{purpose} 需要安装 {package}"),
-            remedy=f'pip install "tuoling[{extra}]"',
+            remedy=f'pip install "tuoling[{extra}]"' + (f"\n{otherwise}" if otherwise else ""),
         )
 
 

@@ -52,6 +52,12 @@ ALIASES = {
     "warmup_rate": "warmup_ratio",
     "log_steps": "logging_steps",
     "torch_dtype": "dtype",
+    "quant_bits": "quantization_bit",
+    "bnb_4bit_quant_type": "quantization_type",
+    "quant_type": "quantization_type",
+    "bnb_4bit_use_double_quant": "double_quantization",
+    "use_bnb_nested_quant": "double_quantization",
+    "double_quant": "double_quantization",
     "output": "output_dir",
     "output_path": "output_dir",
     "out": "output_dir",
@@ -84,17 +90,17 @@ LOGGING = _names(
 )
 OTHER_VERBS = _names(
     """do_predict do_eval predict_with_generate eval_num_beams infer_backend infer_dtype use_kv_cache max_length_infer
-    media_dir tool_format enable_thinking quantization_method quantization_type double_quantization
-    quantization_device_map pissa_iter pissa_convert loraplus_lr_embedding freeze_trainable_layers
+    media_dir tool_format enable_thinking quantization_device_map pissa_iter pissa_convert loraplus_lr_embedding freeze_trainable_layers
     freeze_trainable_modules freeze_extra_modules ref_model reward_model pref_beta pref_loss pref_ftx
     fp8_backend fp8_enable_fsdp_float8_all_gather"""
 )
+QUANTIZED_COMPUTE = _names("bnb_4bit_compute_dtype bnb_4bit_quant_storage")
 OTHER_VERB_PREFIXES = (
     *("vllm_", "sglang_", "export_", "swanlab_", "image_", "video_", "audio_", "galore_", "apollo_"),
     *("badam_", "ppo_", "kto_", "dpo_", "ref_model_", "reward_model_", "oft_", "kt_"),
 )
 REFUSED = _names(
-    """quantization_bit load_in_8bit load_in_4bit use_dora use_rslora use_qalora pissa_init loraplus_lr_ratio
+    """llm_int8_skip_modules llm_int8_has_fp16_weight llm_int8_enable_fp32_cpu_offload use_dora use_rslora use_qalora pissa_init loraplus_lr_ratio
     additional_target modules_to_save create_new_adapter use_galore use_apollo use_badam use_adam_mini
     use_llama_pro neftune_noise_alpha label_smoothing_factor resize_vocab add_tokens add_special_tokens
     new_special_tokens_config rope_scaling shift_attn mixture_of_depths moe_aux_loss_coef train_from_scratch
@@ -128,6 +134,11 @@ def answers(key: str) -> str | None:
             "not used: this version trains on one device; the plan says whether it fits",
             "未使用：当前版本在单个设备上训练，训练前的计划会说明是否放得下",
         )
+    if key in QUANTIZED_COMPUTE:
+        return tr(
+            "quantised layers compute in the run's own precision (dtype=), and are stored as bytes",
+            "量化层按本次训练的精度（dtype=）计算，按字节存放",
+        )
     if key in LOGGING:
         return tr("always on here, or decided by other keys", "这里始终开启，或由其他键决定")
     if key in OTHER_VERBS or key.startswith(OTHER_VERB_PREFIXES):
@@ -137,12 +148,15 @@ def answers(key: str) -> str | None:
 
 def refusal(key: str) -> str:
     """Why a key that would change the result is not obeyed."""
-    if key in ("quantization_bit", "load_in_8bit", "load_in_4bit"):
-        return tr("quantised base weights are not supported in this version", "当前版本不支持量化的基座权重")
     if key in ("resume_from_checkpoint", "ignore_data_skip"):
         return tr(
             "this version does not go on with a stopped run: training starts from the base model",
             "当前版本不能接着中断的训练继续：总是从基座模型开始",
+        )
+    if key in ("quantization_method", "llm_int8_threshold"):
+        return tr(
+            "quantised bases are kept by bitsandbytes here (bnb), with its own threshold of 6.0",
+            "这里的量化基座由 bitsandbytes（bnb）保存，阈值为它默认的 6.0",
         )
     if key == "push_to_hub":
         return tr("nothing is uploaded from here", "这里不上传任何东西")

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.tiny import tiny_model
 from torch import nn
 from transformers import get_scheduler
 
 from tuoling.config import RunConfig
 from tuoling.errors import TrainingError
-from tuoling.train.memory import MemoryEstimate, ModelSize
+from tuoling.models.load import find_model, load_model
+from tuoling.models.quantization import Quantization
+from tuoling.models.shape import linear_weights, meta_model
+from tuoling.train.memory import MemoryEstimate, ModelSize, weight_bytes
 from tuoling.train.plan import Plan, make_plan
 
 SIZE = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64)
@@ -122,3 +127,19 @@ def test_learning_rate_is_transformers_own(schedule: str, warmup: int) -> None:
         assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("bits", "linear_bytes"), [(0, 2.0), (8, 1.0), (4, 0.5 + 1 / 64 + 4 / 64 / 256)])
+def test_quantised_linear_layers_weigh_less(bits: int, linear_bytes: float) -> None:
+    size = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64, linear=640_000)
+    found = weight_bytes(RunConfig(quantization_bit=bits), size, "bf16")
+    assert found == pytest.approx(10_000 * 4 + 350_000 * 2 + 640_000 * linear_bytes, abs=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_linear_weights_are_what_is_quantised(tmp_path: Path, family: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    folder = tiny_model(tmp_path / "m", family, hidden=64)
+    model = load_model(find_model(folder), dtype="fp32", device="cpu", quantization=Quantization(8))
+    held = [m.weight.numel() for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+    assert linear_weights(meta_model(folder)) == sum(held) > 0

@@ -35,6 +35,16 @@ Base = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help=tr("hub revision", "模型库版本"))]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto | bf16 | fp16 | fp32")]
 Device = Annotated[str, typer.Option("--device", help="auto | cpu | cuda | mps")]
+QuantizationBit = Annotated[
+    int | None,
+    typer.Option(
+        "--quantization-bit",
+        metavar="0|4|8",
+        help=tr(
+            "bits of the base, else as trained; 0: not quantised", "基座的位数，默认与训练时相同；0 为不量化"
+        ),
+    ),
+]
 RemoteCode = Annotated[
     bool,
     typer.Option(
@@ -92,6 +102,7 @@ def command(
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantization_bit: QuantizationBit = None,
     allow_remote_code: RemoteCode = False,
 ) -> None:
     from tuoling import console
@@ -119,6 +130,7 @@ def command(
         revision=revision,
         dtype=dtype,
         device=device,
+        quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
     ) as model:
         settings = model.settings(**values)

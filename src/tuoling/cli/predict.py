@@ -17,6 +17,7 @@ from tuoling.cli.chat import (
     MinNewTokens,
     NoRepeat,
     Penalty,
+    QuantizationBit,
     RemoteCode,
     Revision,
     RunOrModel,
@@ -74,6 +75,7 @@ def command(
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantization_bit: QuantizationBit = None,
     allow_remote_code: RemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the report as JSON", "以 JSON 输出报告"))
@@ -108,6 +110,7 @@ def command(
         revision=revision,
         dtype=dtype,
         device=device,
+        quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
     ) as model:
         report = model.predict_file(

@@ -118,10 +118,14 @@ def show_plan(setup: Setup) -> None:
     """The plan as a table on stderr, then its warnings."""
     from rich.table import Table
 
+    from tuoling.train.memory import quantization_of
+
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    quantization = quantization_of(setup.config)
+    base = tr(f", base in {quantization}", f"，基座 {quantization}") if quantization else ""
     table.add_row(
         tr("model", "模型"),
-        f"{setup.source.name} ({setup.source.family.name}, {setup.device}, {setup.dtype})",
+        f"{setup.source.name} ({setup.source.family.name}, {setup.device}, {setup.dtype}{base})",
     )
     table.add_row(tr("template", "模板"), f"{setup.template.id} ({setup.template_reason})")
     for label, value in setup.plan.lines():

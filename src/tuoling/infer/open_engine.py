@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from tuoling import console
 from tuoling.files import read_json, sha256_text
 from tuoling.infer.engine import Engine, GenerationSettings, settings_from_config
+from tuoling.language import tr
+from tuoling.models.quantization import chosen as chosen_quantization
 from tuoling.models.source import ModelSource, find_model
 from tuoling.text.templates import choose_template
 
@@ -23,11 +25,13 @@ def open_engine(
     dtype: str = "auto",
     device: str = "auto",
     allow_remote_code: bool = False,
+    quantization_bit: int | None = None,
 ) -> Engine:
     """Find, load and wrap a run, adapter, model folder or hub id.
 
     template: overrides the one the weights were tuned with (a warning says so where they differ).
     base:     overrides where an adapter's base lies.
+    quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
     """
     source = find_model(path_or_id, revision=revision, base=base)
     from tuoling.infer.torch_engine import TorchEngine
@@ -42,8 +46,16 @@ def open_engine(
     )
     changed = bool(template and source.template and template != source.template)
     (console.warn if changed else console.note)(reason)
+    quantization = chosen_quantization(quantization_bit, source.quantization)
+    if quantization:
+        console.note(tr(f"base weights in {quantization}", f"基座权重为 {quantization}"))
     model = load_model(
-        source, dtype=dtype, device=device, for_training=False, allow_remote_code=allow_remote_code
+        source,
+        dtype=dtype,
+        device=device,
+        for_training=False,
+        allow_remote_code=allow_remote_code,
+        quantization=quantization,
     )
     defaults, end_ids = _generation_config(source)
     return TorchEngine(
@@ -54,7 +66,7 @@ def open_engine(
         stops=() if changed else source.stops,
         end_ids=end_ids,
         system=source.system,
-        fingerprint=sha256_text(f"{source.fingerprint()}\n{chosen.fingerprint()}\n{dtype}"),
+        fingerprint=sha256_text(f"{source.fingerprint()}\n{chosen.fingerprint()}\n{dtype}{quantization}"),
     )
 
 

@@ -17,6 +17,7 @@ from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
 from tuoling.kernels.loss import linear_cross_entropy, supervised
+from tuoling.kernels.quantized import multiplied_out
 from tuoling.language import tr
 
 
@@ -165,7 +166,7 @@ class FastModel:
         embedding = self._base.get_input_embeddings()
         device = embedding.weight.device
         documents = probe.Documents.make(_vocab_rows(self._base), device)
-        with probe.undisturbed(self.model, device):
+        with probe.undisturbed(self.model, device), multiplied_out(self._base):
             logits = self._examine_trainable(documents, embedding)
             self._examine_head(documents, logits)
             self._examine_packing(documents, embedding)

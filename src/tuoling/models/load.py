@@ -13,8 +13,11 @@ import torch
 
 from tuoling import environment
 from tuoling.errors import ModelError
+from tuoling.kernels import quantized
 from tuoling.language import tr
+from tuoling.models import quantization as low_bit
 from tuoling.models.adapters import attach_adapter, some
+from tuoling.models.quantization import Quantization
 from tuoling.models.source import ModelSource, find_model, weight_files
 from tuoling.models.tokenizers import load_tokenizer
 
@@ -52,21 +55,28 @@ def load_model(
     device: str = "auto",
     for_training: bool = False,
     allow_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model, with its adapter on top where `source` is one.
 
     for_training: adapter weights ask for gradients and no key-value cache is kept; else eval mode, no gradients.
+    quantization: of the base's linear layers; None: as an adapter was trained, `Quantization()`: not at all.
     Raises ModelError for a folder whose weights are cut, missing, too many, or of another shape.
     """
     environment.quiet_libraries()
     device = environment.pick_device(device)
+    bits = source.quantization if quantization is None else quantization
+    low_bit.require(bits, device)
     weights = source.weights_path
     config = _config(weights, source, allow_remote_code)
-    model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code)
+    model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code, bits)
+    if bits:
+        quantized.settle(model, for_training=for_training)
     loaded: PreTrainedModel | PeftModel = model
     if source.is_adapter:
         loaded = attach_adapter(model, source.path, trainable=for_training)
-        loaded.to(device)
+        if not bits:  # else PEFT has put the adapter where its layers are, and quantised ones do not move
+            loaded.to(device)
     if for_training:
         model.config.use_cache = False
         return loaded.train()
@@ -127,12 +137,21 @@ def _refuse_by_family(source: ModelSource, allow_remote_code: bool) -> None:
 
 
 def _load_base(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, allow_remote_code: bool
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: str,
+    allow_remote_code: bool,
+    quantization: Quantization,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    placed: dict[str, Any] = {} if device == "cpu" and not quantization else {"device_map": {"": device}}
+    if quantization:
+        _require_plain(folder, config)
+        placed["quantization_config"] = low_bit.transformers_config(quantization, dtype)
     files = weight_files(folder)
     _require_whole(folder, files)
     with _weight_errors(folder):
@@ -145,11 +164,24 @@ def _load_base(
             trust_remote_code=allow_remote_code,
             local_files_only=True,
             output_loading_info=True,
-            **({} if device == "cpu" else {"device_map": {"": device}}),
+            **placed,
         )
     model, info = loaded
     _require_all_used(folder, info)
     return model
+
+
+def _require_plain(folder: Path, config: PretrainedConfig) -> None:
+    """Weights that were saved quantised are not quantised again."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            tr("these weights are quantised already", "这些权重已经量化过"),
+            where=str(folder / "config.json"),
+            remedy=tr(
+                "load them as they are: quantization_bit=0, --quantization-bit 0",
+                "按原样载入：quantization_bit=0，--quantization-bit 0",
+            ),
+        )
 
 
 def _require_whole(folder: Path, files: list[Path]) -> None:

@@ -55,6 +55,16 @@ def shape_of(model: Any) -> Shape:
     )
 
 
+def linear_weights(model: Any) -> int:
+    """Weights of the linear layers that 8 or 4 bits would shrink: all but the head's and the embeddings'."""
+    outside = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    return sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in outside
+    )
+
+
 def lora_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
     """Parameters LoRA of `rank` adds on `targets`: rank x (inputs + outputs) a module."""
     total = 0

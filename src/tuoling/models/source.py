@@ -14,10 +14,12 @@ from tuoling.errors import DataError, ModelError
 from tuoling.families import OTHER, Family, family_of
 from tuoling.files import manifest_problems, read_json, sha256_file, sha256_text
 from tuoling.language import tr
+from tuoling.models.quantization import PLAIN, Quantization
 
 TEMPLATE_FILE = "template.json"
 """Beside every model and adapter we save: {"template", "stops", "system", "max_seq_len"} and for an adapter "base":
-{"path", "named" (as the user gave it), "config_sha256"}."""
+{"path", "named" (as the user gave it), "config_sha256"} and, where it was trained on a quantised base, "quantization":
+{"quantization_bit", "quantization_type", "double_quantization"}."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -34,6 +36,7 @@ class ModelSource:
     stops:    strings that end a reply besides the end token.
     config:   config.json of the model (of the base, for an adapter).
     run:      run.json, where the folder is a run.
+    quantization: how the base was kept in memory when an adapter was trained.
     """
 
     kind: Literal["run", "adapter", "model"]
@@ -47,6 +50,7 @@ class ModelSource:
     system: str | None = None
     max_seq_len: int | None = None
     name: str = ""
+    quantization: Quantization = PLAIN
 
     @property
     def is_adapter(self) -> bool:
@@ -200,6 +204,7 @@ def _adapter(place: Path, *, name: str, run: dict[str, Any] | None, base: str | 
         system=record.get("system"),
         max_seq_len=record.get("max_seq_len"),
         name=name,
+        quantization=Quantization.from_record(record.get("quantization") or {}, str(place / TEMPLATE_FILE)),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tuoling.train.memory import quantization_of
+
 if TYPE_CHECKING:
     from tuoling.train.plan import Plan
     from tuoling.train.prepare import Setup
@@ -28,7 +30,7 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
         ),
         ("每步 each step", _step(plan)),
         ("步数 steps", f"{results['steps']:,} ({results['epochs']:g} epochs)"),
-        ("精度 precision", setup.dtype),
+        ("精度 precision", _precision(setup)),
         ("训练损失 training loss", f"{results['train_loss_first']:.4f} → {results['train_loss_last']:.4f}"),
         ("验证损失 held-out loss", f"{eval_loss:.4f}" if eval_loss is not None else "–"),
         ("随机种子 seed", f"{config.seed}"),
@@ -75,6 +77,11 @@ def _method(config: Any) -> str:
     return (
         f"LoRA r={config.lora_rank} alpha={config.lora_alpha} dropout={config.lora_dropout:g}, {config.stage}"
     )
+
+
+def _precision(setup: Setup) -> str:
+    quantization = quantization_of(setup.config)
+    return f"{setup.dtype}, 量化基座 quantised base {quantization}" if quantization else setup.dtype
 
 
 def _front_matter(setup: Setup, licence: str | None) -> str:

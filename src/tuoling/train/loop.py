@@ -23,6 +23,7 @@ from tuoling.models.load import load_model
 from tuoling.train.checkpoint import SaveWeights, prune_checkpoints, save_checkpoint
 from tuoling.train.finish import finish
 from tuoling.train.interrupt import Interrupt
+from tuoling.train.memory import quantization_of
 from tuoling.train.optim import make_optimizer, set_learning_rate
 from tuoling.train.parallel import make_accelerator
 from tuoling.train.prepare import Setup, prepare
@@ -115,6 +116,7 @@ def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable
         device=setup.device,
         for_training=True,
         allow_remote_code=config.allow_remote_code,
+        quantization=quantization_of(config),
     )
     model = make_trainable(model, setup)
     fast = install(model, say=say)

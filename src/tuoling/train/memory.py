@@ -11,6 +11,7 @@ import numpy as np
 from tuoling.errors import TrainingError
 from tuoling.kernels.loss import BLOCK_BYTES, CHUNK_BYTES
 from tuoling.language import tr
+from tuoling.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -32,7 +33,7 @@ WARN_ABOVE = 0.8
 class ModelSize:
     """Numbers of a model's shape. Tied weights count once.
 
-    trainable: what is asked for gradients, adapters included. matrices: those of it that Muon steps.
+    trainable: what is asked for gradients, adapters included. matrices: those of it that Muon steps. linear: what can be quantised.
     head: elements of the output head. tied: the head is the input embedding.
     """
 
@@ -43,6 +44,7 @@ class ModelSize:
     vocab: int = 0
     head: int = 0
     matrices: int = 0
+    linear: int = 0
     tied: bool = False
 
 
@@ -116,10 +118,18 @@ def largest_micro_batch(config: RunConfig, lengths: np.ndarray) -> list[int]:
     return chosen
 
 
+def quantization_of(config: RunConfig) -> Quantization:
+    """How a run keeps its base in memory."""
+    return Quantization(config.quantization_bit or 0, config.quantization_type, config.double_quantization)
+
+
 def weight_bytes(config: RunConfig, size: ModelSize, dtype: str) -> int:
-    """Frozen weights in the run's dtype; trained ones, adapters among them, in float32."""
+    """Trained weights in float32; frozen ones in the run's dtype, linear layers in 8 or 4 bits where that is asked."""
+    plain = 4 if dtype == "fp32" else 2
     frozen = size.parameters - size.trainable
-    return size.trainable * 4 + frozen * (4 if dtype == "fp32" else 2)
+    quantization = quantization_of(config)
+    linear = size.linear if quantization else 0
+    return int(size.trainable * 4 + (frozen - linear) * plain + linear * quantization.bytes_per_weight)
 
 
 def gradient_bytes(config: RunConfig, size: ModelSize) -> int:
@@ -187,6 +197,8 @@ def _candidates(config: RunConfig, dtype: str) -> Iterator[dict[str, Any]]:
         lighter = {"finetuning_type": "lora"}
     elif dtype == "fp32":
         lighter = {"dtype": "bf16"}
+    elif not config.quantization_bit:
+        lighter = {"quantization_bit": 4}
     yield from smaller
     if saving:
         yield saving

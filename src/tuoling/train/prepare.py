@@ -12,13 +12,21 @@ from tuoling import environment, files
 from tuoling.data.store import StoreReport
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
+from tuoling.models import quantization as low_bit
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.load import load_tokenizer
-from tuoling.models.shape import lora_parameters, meta_model, shape_of
+from tuoling.models.shape import linear_weights, lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
 from tuoling.text.checks import check_template
 from tuoling.text.templates import Template, choose_template
-from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, estimate_memory, what_fits
+from tuoling.train.memory import (
+    WARN_ABOVE,
+    MemoryEstimate,
+    ModelSize,
+    estimate_memory,
+    quantization_of,
+    what_fits,
+)
 from tuoling.train.parallel import require_trackers
 from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
@@ -64,6 +72,8 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
     source = _find_source(config)
+    config = _as_its_adapter(config, source, tell)
+    low_bit.require(quantization_of(config), device)
     if source.is_adapter:
         tell(
             tr(
@@ -176,6 +186,20 @@ def _find_source(config: RunConfig) -> ModelSource:
     return source
 
 
+def _as_its_adapter(config: RunConfig, source: ModelSource, say: Say) -> RunConfig:
+    """Where the config does not say: the base quantised as it was when the adapter it starts from was trained."""
+    saved = source.quantization
+    if not saved or config.quantization_bit is not None:
+        return config
+    say(
+        tr(
+            f"the adapter was trained on a base in {saved}: so is this run (quantization_bit=0: unquantised)",
+            f"该适配器是在 {saved} 基座上训练的，这次也一样（quantization_bit=0 则不量化）",
+        )
+    )
+    return config.model_copy(update=saved.to_record())
+
+
 def _fitting(
     config: RunConfig,
     memory: MemoryEstimate,
@@ -234,5 +258,6 @@ def shape_size(model: Any, config: RunConfig, adapter: int | None = None) -> Mod
         vocab=0 if weight is None else weight.shape[0],
         head=0 if weight is None else weight.numel(),
         matrices=trainable if lora else matrices,
+        linear=linear_weights(model),
         tied=weight is not None and weight is embedding.weight,
     )

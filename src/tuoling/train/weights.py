@@ -11,6 +11,7 @@ import torch
 from tuoling import files
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.save import save_adapter, save_model
+from tuoling.train.memory import quantization_of
 
 if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
@@ -62,6 +63,7 @@ def weight_saver(model: Any, setup: Setup) -> Callable[[Path], None]:
 def template_record(setup: Setup) -> dict[str, Any]:
     """What `template.json` says, so that nobody is asked for it again."""
     weights = setup.source.weights_path
+    quantization = quantization_of(setup.config)
     return {
         "template": setup.template.id,
         "stops": list(setup.template.stops),
@@ -71,4 +73,5 @@ def template_record(setup: Setup) -> dict[str, Any]:
             "config_sha256": files.sha256_file(weights / "config.json"),
         },
         "max_seq_len": setup.config.max_seq_len,
+        **({"quantization": quantization.to_record()} if quantization else {}),
     }
