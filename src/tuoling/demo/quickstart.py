@@ -28,7 +28,7 @@ class Course:
     pretrain: Mapping[str, Any] = field(
         default_factory=lambda: {
             "per_device_train_batch_size": 96,
-            "num_train_epochs": 1.6,
+            "num_train_epochs": 1.5,
             "optim": "muon",
             "learning_rate": 1e-2,
             "lr_scheduler_type": "cosine",
@@ -40,7 +40,7 @@ class Course:
     tune: Mapping[str, Any] = field(
         default_factory=lambda: {
             "per_device_train_batch_size": 32,
-            "num_train_epochs": 2,
+            "num_train_epochs": 1.8,
             "learning_rate": 5e-3,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
