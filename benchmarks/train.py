@@ -65,9 +65,9 @@ class Shape:
 
 
 SHAPES = {
-    "bloom-6x512": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=64),
-    "bloom-560m": Shape("bloom", 24, 1024, 16, 250_880, batch=4, rows=24),
-    "llama-8x512": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=64),
+    "bloom-6x512": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=32),
+    "bloom-560m": Shape("bloom", 24, 1024, 16, 250_880, batch=4, rows=16),
+    "llama-8x512": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=48),
     "bloom-6x512-full": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=48, finetuning="full"),
     "llama-8x512-full": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=64, finetuning="full"),
 }
