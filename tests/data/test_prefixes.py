@@ -88,6 +88,7 @@ def rows(draw: st.DrawFn) -> list[Row]:
     return made
 
 
+@pytest.mark.slow
 @given(rows(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_random_rows_against_a_search_of_all_pairs(made: list[Row], data: st.DataObject) -> None:
@@ -154,6 +155,7 @@ def unfolded(turns: Sequence[str]) -> list[dict[str, str]]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["last", "all"])
 @pytest.mark.parametrize("template", ["domain_bloom", "belle_multiturn_rows", "vicuna_chat", "lf/chatml"])
 def test_real_dialogues_in_belles_shape(tmp_path: Path, shared_data: Path, template: str, learn: Any) -> None:

@@ -111,6 +111,7 @@ def test_an_adapter_whose_base_is_gone(run: Path, tmp_path: Path) -> None:
     assert chat(adapter, "--base", run.parent / "base").exit_code == 0
 
 
+@pytest.mark.slow
 def test_piped_through_a_process(run: Path) -> None:
     """UTF-8 in and out whatever the locale says, and no half characters."""
     done = subprocess.run(

@@ -145,6 +145,7 @@ def stops_inside(engine: TorchEngine) -> list[tuple[str, str, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_nothing_of_a_stop_string_is_shown(engine: TorchEngine, num_beams: int) -> None:
     for text, whole, stop in stops_inside(engine)[:3]:

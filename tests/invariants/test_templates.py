@@ -45,6 +45,7 @@ def check(templates: list[Template], tokenizer: TextTokenizer, conversation: Con
                 assert spans in ([(0, len(ids))], []), template.id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversation=conversations())

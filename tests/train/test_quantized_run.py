@@ -62,6 +62,7 @@ def quantised(model: Any) -> set[str]:
     return {type(module).__name__ for module in model.modules() if isinstance(module, QUANTISED)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "name"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
 def test_trained_evaluated_saved_and_loaded_again(tmp_path: Path, base: Path, bits: int, name: str) -> None:
     result = run(tmp_path, base, quantization_bit=bits)
