@@ -58,7 +58,7 @@ class Shape:
         matrices = 2 if self.family == "bloom" else 3
         return self.layers * self.hidden * (4 * self.hidden + matrices * self.intermediate)
 
-    def needed_flops(self, tokens: int, learned: int) -> float:
+    def needed_flops(self, tokens: float, learned: float) -> float:
         """Matmul operations of a step. LoRA: forward and input gradients; full: weight gradients too."""
         passes = 4 if self.finetuning == "lora" else 6
         return passes * (self.block_parameters * tokens + self.vocabulary * self.hidden * learned)
@@ -220,11 +220,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             print(f"{name} {engine}: {line['tokens_per_s']:,.0f} tokens/s, {peak:.2f} GiB", file=sys.stderr)
     rate = median(rates)
     learned_share = ours["learned_tokens"] / ours["tokens"]
-    ops_per_token = (
-        shape.needed_flops(1, 1)
-        if learned_share == 1
-        else (shape.needed_flops(1000, round(1000 * learned_share)) / 1000)
-    )
+    ops_per_token = shape.needed_flops(1.0, learned_share)
     return {
         "shape": name,
         **asdict(shape),

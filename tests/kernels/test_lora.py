@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tuoling.kernels import lora
+from tuoling.kernels.forwards import put_back
 from tuoling.kernels.install import install
 
 LENGTHS = (5, 1, 17, 9)
@@ -226,5 +227,5 @@ def test_what_is_not_plain_goes_pefts_own_way(change: Any, monkeypatch: pytest.M
         calls = counted(monkeypatch)
         assert torch.equal(model(input_ids=ids.unsqueeze(0)).logits, wanted)
     assert len(changed) == 8 and calls == []
-    lora.uninstall(changed)
+    put_back(changed)
     assert not any("forward" in module.__dict__ for module in changed)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from tuoling.kernels import norm
+from tuoling.kernels.forwards import put_back
 
 TINY = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -84,5 +85,5 @@ def test_only_norms_that_compute_the_same_are_replaced(model: Any, norms: int) -
     changed = norm.install(model)
     assert len(changed) == norms
     assert float((model(input_ids=ids, use_cache=False).logits - wanted).detach().abs().max()) < 1e-5
-    norm.uninstall(changed)
+    put_back(changed)
     assert not any("forward" in module.__dict__ for module in model.modules())

@@ -12,7 +12,7 @@ from typing import Any
 from tuoling import api, files
 from tuoling.demo import base, rows
 from tuoling.language import tr
-from tuoling.train.run_folder import claim
+from tuoling.train.run_folder import add_results, claim
 
 TEMPLATE = "domain_bloom"
 TEMPLATE_TEXTS = ("用户:", "\n\n助手:", "\n\n用户:")
@@ -151,14 +151,13 @@ def _leave(run: Path, before: dict[str, float], after: dict[str, float], seconds
     """Scores into all_results.json, and a picture of them."""
     from tuoling.plots import accuracy_plot
 
-    path = run / "all_results.json"
     scores = {
         "accuracy_before": mean(before),
         "accuracy_after": mean(after),
         "accuracy_by_kind": {kind: {"before": before[kind], "after": after[kind]} for kind in after},
         "quickstart_seconds": round(seconds, 1),
     }
-    files.write_json(path, {**files.read_json(path), **scores})
+    add_results(run, scores)
     names = {kind.id: kind.label for kind in rows.KINDS}
     accuracy_plot(
         {names[kind]: share for kind, share in before.items()},

@@ -6,7 +6,6 @@ whole row; its mask is [1, 1, T, T]. Here a document's bias comes from distances
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuoling.kernels.attention import Bias, attend
+from tuoling.kernels.forwards import replace_forward
 from tuoling.kernels.interface import pack_of
 
 
@@ -29,19 +29,13 @@ def install(base: nn.Module) -> list[nn.Module]:
     for module in base.modules():
         if isinstance(module, BloomAttention):
             bias = bias or Bias(_slopes(module.num_heads))
-            module.__dict__["forward"] = types.MethodType(_packed(module.forward, bias), module)
+            replace_forward(module, _packed(module.forward, bias))
         elif isinstance(module, BloomGelu):
-            module.__dict__["forward"] = types.MethodType(_gelu, module)
+            replace_forward(module, _gelu)
         else:
             continue
         changed.append(module)
     return changed
-
-
-def uninstall(changed: list[nn.Module]) -> None:
-    """The opposite of `install`."""
-    for module in changed:
-        module.__dict__.pop("forward", None)
 
 
 def _slopes(num_heads: int) -> Tensor:

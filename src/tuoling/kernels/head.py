@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from tuoling.kernels.forwards import put_back, replace_forward
 
 Answer = Callable[[Tensor], Tensor]
 """What is returned instead of logits for hidden states [1, T, D]."""
@@ -24,7 +25,7 @@ class Head:
         self.linear = linear
         self._plain = linear.forward
         self._answer: Answer | None = None
-        linear.__dict__["forward"] = types.MethodType(self._answered, linear)
+        replace_forward(linear, self._answered)
 
     def _answered(self, module: nn.Module, hidden: Tensor) -> Tensor:
         return self.plain(hidden) if self._answer is None else self._answer(hidden)
@@ -44,7 +45,7 @@ class Head:
 
     def remove(self) -> None:
         """Put the module's own forward back."""
-        self.linear.__dict__.pop("forward", None)
+        put_back([self.linear])
 
 
 def find_linear(base: Any) -> nn.Linear | None:

@@ -14,6 +14,7 @@ from tuoling import console
 from tuoling.errors import ModelError
 from tuoling.kernels import bloom, lora, norm, probe
 from tuoling.kernels.attention import Pack, Unpackable
+from tuoling.kernels.forwards import put_back
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
 from tuoling.kernels.loss import linear_cross_entropy, supervised
@@ -98,8 +99,7 @@ class FastModel:
     def uninstall(self) -> None:
         """Leave the model as it was found."""
         self._attention.restore()
-        lora.uninstall(self._lora)
-        norm.uninstall(self._norms)
+        put_back([*self._lora, *self._norms])
         if self._head is not None:
             self._head.remove()
             self._head = None
@@ -334,7 +334,7 @@ class PackedAttention:
     def restore(self) -> None:
         for config, original in self._configs:
             config._attn_implementation = original
-        bloom.uninstall(self._changed)
+        put_back(self._changed)
         self._configs, self._changed = [], []
 
 

@@ -6,7 +6,6 @@ Shapes: T tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import math
-import types
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tuoling.kernels.forwards import replace_forward
 
 
 def install(base: nn.Module) -> list[nn.Module]:
@@ -27,15 +28,9 @@ def install(base: nn.Module) -> list[nn.Module]:
     changed: list[nn.Module] = []
     for module in base.modules():
         if type(module) is Linear and "forward" not in module.__dict__:
-            module.__dict__["forward"] = types.MethodType(_fused(module.forward), module)
+            replace_forward(module, _fused(module.forward))
             changed.append(module)
     return changed
-
-
-def uninstall(changed: list[nn.Module]) -> None:
-    """The opposite of `install`."""
-    for module in changed:
-        module.__dict__.pop("forward", None)
 
 
 def lora_linear(

@@ -5,12 +5,13 @@ Shapes: T tokens, D hidden size.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tuoling.kernels.forwards import replace_forward
 
 BLOCK_BYTES = 512 * 2**10
 """Float32 rows worked on at once: they stay in a core's cache (2,115 x 512 numbers in bf16 on a CPU, forward and
@@ -27,15 +28,9 @@ def install(base: nn.Module) -> list[nn.Module]:
     for module in base.modules():
         eps = _epsilon(module)
         if eps is not None and "forward" not in module.__dict__ and _is_plain(module, eps):
-            module.__dict__["forward"] = types.MethodType(_blocked(module.forward, eps), module)
+            replace_forward(module, _blocked(module.forward, eps))
             changed.append(module)
     return changed
-
-
-def uninstall(changed: list[nn.Module]) -> None:
-    """The opposite of `install`."""
-    for module in changed:
-        module.__dict__.pop("forward", None)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,6 @@ Nothing here imports bitsandbytes for a model that is not quantised. Shapes: T t
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tuoling.kernels.forwards import put_back, replace_forward
 
 
 def settle(model: nn.Module, *, for_training: bool) -> None:
@@ -36,7 +37,7 @@ def settle(model: nn.Module, *, for_training: bool) -> None:
     if for_training:
         for layer in _int8_layers(model):
             if layer.weight.device.type == "cpu":
-                layer.__dict__["forward"] = types.MethodType(_forward, layer)
+                replace_forward(layer, _forward)
 
 
 @contextmanager
@@ -48,12 +49,11 @@ def multiplied_out(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in _int8_layers(model) if "forward" not in layer.__dict__]
     for layer in layers:
-        layer.__dict__["forward"] = types.MethodType(_forward, layer)
+        replace_forward(layer, _forward)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+        put_back(layers)
 
 
 def int8_linear(x: Tensor, weight_OI: Tensor, largest_O: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ LoRA on it, and every storage that autograd saves is counted once: each family a
 from __future__ import annotations
 
 import itertools
-import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tuoling.kernels.attention import Pack
+from tuoling.kernels.forwards import replace_forward
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.install import PackedAttention
 from tuoling.kernels.interface import active_pack
@@ -69,7 +69,7 @@ def _add_lora(model: Any, config: RunConfig) -> float:
             outputs, inputs = module.weight.shape
             a_RI = nn.Parameter(torch.empty(config.lora_rank, inputs, dtype=torch.float32))
             b_OR = nn.Parameter(torch.empty(outputs, config.lora_rank, dtype=torch.float32))
-            module.__dict__["forward"] = types.MethodType(_lora_forward(a_RI, b_OR), module)
+            replace_forward(module, _lora_forward(a_RI, b_OR))
             dropped += inputs * config.lora_dropout
     return dropped
 

@@ -106,15 +106,15 @@ def _activation_bytes(
 
 def largest_micro_batch(config: RunConfig, lengths: np.ndarray) -> list[int]:
     """Lengths of the longest rows that can meet in one forward pass: so many rows, within the budget of tokens."""
-    longest = sorted((int(n) for n in lengths), reverse=True)[
-        : config.per_device_train_batch_size or len(lengths)
-    ]
+    ordered: list[int] = np.sort(lengths)[::-1][: config.per_device_train_batch_size].tolist()
     if config.max_tokens_per_batch is None:
-        return longest
-    chosen = longest[:1]  # alone where it is longer than the budget
-    for length in longest[1:]:
-        if sum(chosen) + length <= config.max_tokens_per_batch:
+        return ordered
+    chosen = ordered[:1]  # alone where it is longer than the budget
+    room = config.max_tokens_per_batch - sum(chosen)
+    for length in ordered[1:]:
+        if length <= room:
             chosen.append(length)
+            room -= length
     return chosen
 
 

@@ -134,7 +134,12 @@ class RunFolder:
 
     def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Merge `results` into all_results.json and return the whole."""
-        path = self.path / "all_results.json"
-        merged = {**(files.read_json(path) if path.is_file() else {}), **results}
-        files.write_json(path, merged)
-        return merged
+        return add_results(self.path, results)
+
+
+def add_results(run: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Merge `results` into a run folder's all_results.json and return the whole."""
+    path = run / "all_results.json"
+    merged = {**(files.read_json(path) if path.is_file() else {}), **results}
+    files.write_json(path, merged)
+    return merged
