@@ -80,3 +80,19 @@ def sum_rows(count: int, start: int = 0) -> list[dict[str, str]]:
         }
         for n in range(start, start + count)
     ]
+
+
+def settings_without_chance(folder: Path, model: Path, data: Path, keys: dict[str, Any]) -> dict[str, Any]:
+    """A run in float32 on the CPU, its output in `folder`, with everything random switched off."""
+    return {
+        "model_name_or_path": str(model),
+        "data": [str(data)],
+        "output_dir": str(folder / "run"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-2,
+        "template": "domain_bloom",
+        "plot_loss": False,
+        **keys,
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import sum_rows, tiny_model, write_rows
+from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 
 from tuoling.config import load_config
 from tuoling.errors import ConfigError, DataError, OutputError, TrainingError
@@ -27,18 +27,7 @@ from tuoling.train.steps import make_steps
 def run(tmp_path: Path, model: Path, rows: list[dict[str, Any]] | None = None, **keys: Any) -> RunResult:
     """Train on `rows` in float32 on the CPU with everything random switched off."""
     data = write_rows(tmp_path / "rows.jsonl", rows if rows is not None else sum_rows(16))
-    settings = {
-        "model_name_or_path": str(model),
-        "data": [str(data)],
-        "output_dir": str(tmp_path / "run"),
-        "dtype": "fp32",
-        "device": "cpu",
-        "lora_dropout": 0.0,
-        "learning_rate": 1e-2,
-        "template": "domain_bloom",
-        "plot_loss": False,
-        **keys,
-    }
+    settings = settings_without_chance(tmp_path, model, data, keys)
     return train(load_config((), (), settings).config, say=lambda _: None)
 
 

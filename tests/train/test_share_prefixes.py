@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tests.data.test_prefixes import unfolded
-from tests.tiny import tiny_model, write_rows
+from tests.tiny import settings_without_chance, tiny_model, write_rows
 
 from tuoling.config import load_config
 from tuoling.train.loop import train
@@ -32,18 +32,8 @@ def dialogues(count: int, turns: int = 4) -> list[dict[str, str]]:
 
 
 def config(tmp_path: Path, model: Path, rows: list[dict[str, str]], **keys: Any) -> Any:
-    settings = {
-        "model_name_or_path": str(model),
-        "data": [str(write_rows(tmp_path / "rows.jsonl", rows))],
-        "output_dir": str(tmp_path / "run"),
-        "dtype": "fp32",
-        "device": "cpu",
-        "lora_dropout": 0.0,
-        "learning_rate": 1e-2,
-        "template": "domain_bloom",
-        "plot_loss": False,
-        **keys,
-    }
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = settings_without_chance(tmp_path, model, data, keys)
     return load_config((), (), settings).config
 
 
