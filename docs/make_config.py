@@ -208,9 +208,9 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             ),
             "warmup_ratio": ("The same as a share of all steps.", "预热占总步数的比例。"),
             "optim": (
-                "adamw, or muon for whole models: Muon's steps for the weight matrices inside the blocks, AdamW's for "
+                "adamw; adamw_8bit: its states in 8 bits (bitsandbytes, extra `quant`); muon for whole models: Muon's steps for the weight matrices inside the blocks, AdamW's for "
                 "everything else, at one learning rate.",
-                "adamw；全参数训练也可用 muon：各层内部的权重矩阵用 Muon 更新，其余用 AdamW，两者共用一个学习率。",
+                "adamw；adamw_8bit：优化器状态只占 8 位（需要 bitsandbytes，附加包 `quant`）；全参数训练也可用 muon：各层内部的权重矩阵用 Muon 更新，其余用 AdamW，两者共用一个学习率。",
             ),
             "weight_decay": (
                 "AdamW's decay; biases and norms are left out.",
@@ -219,6 +219,14 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "adam_beta1": ("AdamW.", "AdamW 参数。"),
             "adam_beta2": ("AdamW.", "AdamW 参数。"),
             "adam_epsilon": ("AdamW.", "AdamW 参数。"),
+            "label_smoothing_factor": (
+                "Share of a label's weight that is spread over all words while training; validation is without it.",
+                "训练时把标签权重的这个比例平摊到全部词上；验证不加。",
+            ),
+            "z_loss": (
+                "While training, this times the squared log-sum-exp of the logits is added to a token's loss (PaLM: 1e-4).",
+                "训练时每个 token 的损失加上它乘以 logits 的 log-sum-exp 的平方（PaLM 用 1e-4）。",
+            ),
             "max_grad_norm": (
                 "Gradients are clipped to this norm; 0 switches it off.",
                 "梯度裁剪到这个范数；0 表示不裁剪。",

@@ -17,13 +17,17 @@ from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.forwards import put_back
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
-from tuoling.kernels.loss import linear_cross_entropy, supervised
+from tuoling.kernels.loss import PLAIN, Extras, linear_cross_entropy, loss_of_logits, supervised
 from tuoling.kernels.quantized import multiplied_out
 from tuoling.language import tr
 
 
-def install(model: nn.Module, *, say: Callable[[str], None] = console.note) -> FastModel:
+def install(
+    model: nn.Module, *, extras: Extras = PLAIN, say: Callable[[str], None] = console.note
+) -> FastModel:
     """Give `model` (a causal language model of transformers, or a PeftModel around one) the fast step.
+
+    extras: label smoothing and z-loss of a model in training mode; validation has the cross entropy alone.
 
     Each fast path is tried on the model itself first; one that is not exact is left out, with the reason in
     `FastModel.reasons` and through `say`. The model is the same for everybody else: generation and ordinary
@@ -35,6 +39,7 @@ def install(model: nn.Module, *, say: Callable[[str], None] = console.note) -> F
     except BaseException:
         fast.uninstall()
         raise
+    fast.extras = extras  # from here on: the tries above compare with transformers' plain loss
     return fast
 
 
@@ -52,6 +57,7 @@ class FastModel:
         self.packed = False
         self.fused_loss = False
         self.reasons: list[str] = []
+        self.extras = PLAIN
         self._say = say
         unwrap: Any = getattr(model, "get_base_model", None)  # of a PeftModel
         self._base: Any = model if unwrap is None else unwrap()
@@ -136,7 +142,11 @@ class FastModel:
             return out.float().sum()
         if not len(where):
             return out.float().sum() * 0.0
-        return probe.stock_loss(out if self._select else out[where], labels)
+        return loss_of_logits((out if self._select else out[where]).float(), labels, self._extras_now)
+
+    @property
+    def _extras_now(self) -> Extras:
+        return self.extras if self.model.training else PLAIN
 
     def _fused(self, labels: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
         """The head's answer [1, 1, 1]: the loss, divided by what the model will multiply it with."""
@@ -145,7 +155,9 @@ class FastModel:
             assert self._head is not None
             head = self._head.linear
             hidden_TD = hidden[0].index_select(0, where)
-            total, _ = linear_cross_entropy(hidden_TD, head.weight, labels, head.bias, scale=self._scale)
+            total, _ = linear_cross_entropy(
+                hidden_TD, head.weight, labels, head.bias, scale=self._scale, extras=self._extras_now
+            )
             return (total / self._scale).view(1, 1, 1)
 
         return answer

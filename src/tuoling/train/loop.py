@@ -18,6 +18,7 @@ from tuoling import console, environment, files
 from tuoling.data.batches import lay
 from tuoling.data.pack import Batch, collate
 from tuoling.kernels.install import FastModel, install
+from tuoling.kernels.loss import Extras
 from tuoling.language import tr
 from tuoling.models.load import load_model
 from tuoling.train.checkpoint import SaveWeights, prune_checkpoints, save_checkpoint
@@ -119,7 +120,8 @@ def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable
         quantization=quantization_of(config),
     )
     model = make_trainable(model, setup)
-    fast = install(model, say=say)
+    extras = Extras(config.label_smoothing_factor, config.z_loss)
+    fast = install(model, extras=extras, say=say)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     return Parts(accelerator, model, fast, optimizer, weight_saver(model, setup))
 
