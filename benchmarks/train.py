@@ -271,7 +271,7 @@ def table(results: list[dict[str, Any]]) -> str:
         share = median(ours["tokens_per_s"]) * result["needed_gflop_per_token"] / rate
         lines.append(
             f"| | needed matmuls run at {100 * share:.0f} % of this machine's {rate:,.0f} GF/s "
-            f"| | | {result['planned_gib']:.2f} planned | | |"
+            f"| | | {result.get('planned_gib', 0):.2f} planned | | |"
         )
     return "\n".join(lines)
 

@@ -138,6 +138,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "某条数据是另一条的开头时（对话的前几轮与多一轮的同一段对话），放在那一条里一起计算。"
                 "每条数据的损失和梯度不变；但一步会包含更多数据，一轮的步数变少。",
             ),
+            "share_head": (
+                "Compute what all rows of a batch begin with (a template's fixed words) once in it, on a CPU. Loss and "
+                "gradient are the same; with dropout the head has one draw for all rows.",
+                "一批数据共同的开头（模板的固定文字）只算一次，限 CPU。损失和梯度不变；有 dropout 时，开头部分各条共用一次随机。",
+            ),
             "allow_bad": (
                 "Share of rows that may be bad (`1%`, 0.01) before the run is refused; bad rows are left out.",
                 "可容忍的坏数据比例（`1%` 或 0.01），超过则不开始训练；坏数据不参与训练。",

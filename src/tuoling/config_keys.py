@@ -111,6 +111,8 @@ class RunConfig(BaseModel):
     learn_cut_answers: bool = False
     train_on_inputs: bool = False
     share_prefixes: bool = False
+    share_head: bool = False
+    """What all rows of a batch begin with is computed once in it. Packed rows on a CPU only; exact without dropout."""
     """Off: with it a step holds more of the data, and an epoch has fewer steps."""
     allow_bad: Annotated[Share, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be bad before the run is refused."""

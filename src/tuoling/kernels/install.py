@@ -77,14 +77,16 @@ class FastModel:
         position_ids: Tensor,
         cu_seqlens: Tensor,
         extra_labels: Tensor | None = None,
+        head: int = 0,
     ) -> Tensor:
         """Sum of cross entropy in nats over labels [T] != -100 of the documents input_ids [T]; never divides.
 
         labels are shifted already: labels[t] is what follows input_ids[t] in its document. cu_seqlens [B+1]
         are the documents' bounds. With nothing learned: a zero attached to the graph.
         extra_labels [E, 2]: further (t, label) pairs of the sum; a position may have many.
+        head: above 0, the first document has so many tokens, learns nothing, and every other goes on after it.
         """
-        pack = Pack.of(cu_seqlens)
+        pack = Pack.of(cu_seqlens, head)
         where = supervised(labels)
         labels = labels[where]
         if extra_labels is not None:
@@ -94,11 +96,12 @@ class FastModel:
                 return self._loss(input_ids, where, labels, position_ids, pack)
             except Unpackable as error:  # a mask that shows its true shape only in documents this long
                 self._refuse_packing(str(error))
-        losses, start = [], 0
-        for ids in input_ids.split(pack.lengths):
+        losses, start = [], head
+        for ids in input_ids[head:].split(pack.lengths[bool(head) :]):
             mine = (where >= start) & (where < start + len(ids))
             if bool(mine.any()) or not len(where):
-                losses.append(self._loss(ids, where[mine] - start, labels[mine]))
+                whole = torch.cat([input_ids[:head], ids])
+                losses.append(self._loss(whole, where[mine] - start + head, labels[mine]))
             start += len(ids)
         return torch.stack(losses).sum()
 
