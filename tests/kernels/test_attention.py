@@ -52,6 +52,34 @@ def test_equals_one_dense_masked_softmax(
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("slopes", [None, SLOPES])
+@pytest.mark.parametrize("keys", [4, 2])
+@pytest.mark.parametrize("query_rows", [64, 512])
+def test_bf16_is_computed_in_float32_and_kept_in_bf16(
+    window: int | None,
+    slopes: torch.Tensor | None,
+    keys: int,
+    query_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "QUERY_ROWS", query_rows)
+    lengths = (130, 100, 130)
+    q, k, v = draw(sum(lengths), 4, keys, 16, torch.bfloat16)
+    bias = None if window is None and slopes is None else Bias(slopes, window)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ours = attend(q, k, v, pack_of(lengths), scale=0.3, bias=bias)
+    assert {x.dtype for x in kept if x.is_floating_point() and x.shape[-1] == 16} == {torch.bfloat16}
+    expected = reference_attention(q, k, v, lengths, scale=0.3, window=window, slopes_N=slopes)
+    assert (ours.double() - expected).norm() <= 2.5e-3 * expected.norm()  # one rounding to bf16
+    weights = torch.linspace(-1, 1, ours.numel()).view_as(ours)
+    mine = torch.autograd.grad((ours * weights.bfloat16()).sum(), [q, k, v])
+    true = torch.autograd.grad((expected * weights).sum(), [q, k, v])
+    for a, b in zip(mine, true, strict=True):
+        assert (a.double() - b.double()).norm() <= 6e-3 * b.double().norm()
+
+
 def test_short_documents_share_a_launch_and_long_ones_do_not() -> None:
     layout = pack_of((400, 12, 30, 7)).layout(512)
     assert [(group.count, group.length) for group in layout.groups] == [(1, 400), (3, 30)]

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuoling.kernels.flash_float32 import flash_in_float32
 from tuoling.kernels.short_attention import LONGEST, short_attention
 
 QUERY_ROWS = 512
 """Longer documents meet a bias in blocks of this many queries: 16 heads x 512 x 2,048 x 4 B = 67 MB instead
 of 268 MB for the square, and half of the work (keys after a block are never touched)."""
-FLOAT32_BELOW = 192
+FLOAT32_BELOW = 512
 """Shorter documents are attended to in float32 on a CPU: torch's bf16 backward there costs 15 ms where float32
-costs 4 ms with its casts (48 documents of 20 tokens); from about 256 tokens on both cost the same."""
+costs 4 ms with its casts (48 documents of 20 tokens), and 21 where float32 costs 15 (one of 350)."""
 MERGE_WORK = 2**21
 """Padding of (L_max^2 - L^2) x N x D up to this costs less than one more kernel launch (measured on a CPU)."""
 
@@ -247,7 +248,10 @@ def _attend_group(
         "enable_gqa": q_BNLD.shape[1] != k_BKLD.shape[1],
     }
     window = None if bias is None else bias.window
-    if length < FLOAT32_BELOW and q_BNLD.dtype == torch.bfloat16 and q_BNLD.device.type == "cpu":
+    on_cpu = q_BNLD.device.type == "cpu"
+    in_float32 = on_cpu and length < FLOAT32_BELOW and q_BNLD.dtype == torch.bfloat16
+    short = on_cpu and keys <= min(LONGEST, QUERY_ROWS) and dropout == 0.0
+    if in_float32 and (short or dropout > 0.0 or q_BNLD.shape[-1] != v_BKLD.shape[-1]):
         q, k, v = q_BNLD.float(), k_BKLD.float(), v_BKLD.float()
         return _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias).to(q_BNLD.dtype)
     if bias is None and keys > length:
@@ -255,7 +259,7 @@ def _attend_group(
     plain = keys == length and (
         bias is None or (bias.slopes_N is None and (window is None or length <= window))
     )
-    if keys <= min(LONGEST, QUERY_ROWS) and q_BNLD.device.type == "cpu" and dropout == 0.0:
+    if short:
         repeat = q_BNLD.shape[1] // k_BKLD.shape[1]
         if repeat > 1:
             k_BKLD, v_BKLD = (x.repeat_interleave(repeat, dim=1) for x in (k_BKLD, v_BKLD))
@@ -264,8 +268,14 @@ def _attend_group(
         else:
             square = bias.strip(length, keys, q_BNLD).to(q_BNLD.dtype)
         return short_attention(q_BNLD, k_BKLD, v_BKLD, square, scale)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if in_float32:
+            return flash_in_float32(q, k, v, bias=mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+
     if plain:
-        return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
+        return whole(q_BNLD, k_BKLD, v_BKLD, None)
     assert bias is not None
     bias.strip(min(length, QUERY_ROWS), keys, q_BNLD)  # grow once, for the longest
     blocks = []
@@ -275,7 +285,7 @@ def _attend_group(
         first = 0 if window is None else max(0, start - window + 1)
         mask = bias.strip(q.shape[2], end - first, q)
         k, v = k_BKLD[:, :, first:end], v_BKLD[:, :, first:end]
-        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+        blocks.append(whole(q, k, v, mask))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
