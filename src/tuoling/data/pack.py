@@ -63,14 +63,14 @@ def collate(examples: Sequence[Example], *, share_head: bool = False) -> Batch:
     ends = np.cumsum(lengths)
     starts = ends - lengths
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
+    labels: np.ndarray = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
     for start, example in zip(starts.tolist(), examples, strict=True):
         for begin, end in example.spans.tolist():
             begin = max(begin, 1)  # nothing stands before the first token to predict it from
             labels[start + begin - 1 : start + end - 1] = input_ids[start + begin : start + end]
     extra = _add_extra_labels(labels, examples, starts)
     positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
-    offsets = np.concatenate([[0], ends])
+    offsets: np.ndarray = np.concatenate([[0], ends])
     if head:
         kept = (positions >= head) | (np.arange(len(input_ids)) < head)  # the first example's head stays
         extra[:, 0] = np.cumsum(kept)[extra[:, 0]] - 1

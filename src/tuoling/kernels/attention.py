@@ -20,9 +20,10 @@ from tuoling.kernels.short_attention import LONGEST, short_attention
 QUERY_ROWS = 512
 """Longer documents meet a bias in blocks of this many queries: 16 heads x 512 x 2,048 x 4 B = 67 MB instead
 of 268 MB for the square, and half of the work (keys after a block are never touched)."""
-FLOAT32_BELOW = 512
+FLOAT32_BELOW = 320
 """Shorter documents are attended to in float32 on a CPU: torch's bf16 backward there costs 15 ms where float32
-costs 4 ms with its casts (48 documents of 20 tokens), and 21 where float32 costs 15 (one of 350)."""
+costs 4 ms with its casts (48 documents of 20 tokens). Steps of LLaMA rows of 55 to 617 tokens took 4.5 s of CPU time
+with 300, 4.6 with 192, 4.9 with 97 and with 512."""
 MERGE_WORK = 2**21
 """Padding of (L_max^2 - L^2) x N x D up to this costs less than one more kernel launch (measured on a CPU)."""
 
@@ -179,17 +180,14 @@ def attend(
             q_TND, k_TKD, v_TKD = q_TND.to(dtype), k_TKD.to(dtype), v_TKD.to(dtype)
             return attend(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
     if pack.head:
-        before, rest = pack.parts
-        first, after = (
-            [x[part] for x in (q_TND, k_TKD, v_TKD)] for part in (slice(pack.head), slice(pack.head, None))
+        alone, rest = pack.parts
+        q_head, k_head, v_head = (x[: pack.head] for x in (q_TND, k_TKD, v_TKD))
+        q, k, v = (x[pack.head :] for x in (q_TND, k_TKD, v_TKD))
+        before = attend(q_head, k_head, v_head, alone, scale=scale, dropout=dropout, bias=bias)
+        after = _attend_documents(
+            q, k, v, rest, scale=scale, dropout=dropout, bias=bias, head=(k_head, v_head)
         )
-        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "bias": bias}
-        return torch.cat(
-            [
-                attend(*first, before, **options),
-                _attend_documents(*after, rest, head=(first[1], first[2]), **options),
-            ]
-        )
+        return torch.cat([before, after])
     if q_TND.is_cuda:
         from tuoling.kernels import cuda
 

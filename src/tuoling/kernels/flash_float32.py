@@ -1,6 +1,6 @@
 """torch's flash attention for a CPU in float32 for bf16 tokens, of which only bf16 is kept.
 
-Its bf16 kernel is slower than its float32 one for documents of up to about 500 tokens, most of all backward: 16 heads
+Its bf16 kernel is slower than its float32 one for documents of up to about 300 tokens, most of all backward: 16 heads
 of 64, 350 tokens, forward and backward on two cores, 21 against 15 ms. Casting and calling it would keep float32
 copies of queries, keys and values for the backward pass, twice the memory; here they are cast again.
 """
