@@ -95,7 +95,7 @@ def test_pickles_become_safetensors_with_equal_tensors(model: Path, tmp_path: Pa
 def test_another_number_type_and_shards(model: Path, tmp_path: Path) -> None:
     options = ConvertOptions(outtype="bf16", shards=3, verify=False)
     convert(model, tmp_path / "out", to="hf", options=options)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) in (3, 4)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     assert ours.dtype == torch.bfloat16

@@ -18,10 +18,13 @@ from typer.testing import CliRunner
 
 from tuoling.cli.main import app
 from tuoling.errors import ModelError, TuolingError, UsageError
+from tuoling.weights import meta_layout
 from tuoling.weights.convert import ConvertOptions, convert
 from tuoling.weights.meta_layout import MetaCheckpoint, pairs_apart, pairs_together
+from tuoling.weights.parity import ParityError
 from tuoling.weights.tensors import open_weights
 
+OURS = ("manifest.json", "parity.json")
 SIZES = {"dim": 64, "layers": 2, "heads": 8, "kv_heads": 8, "wide": 192, "words": 96}
 PARAMS = {"dim": 64, "multiple_of": 64, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
 GROUPED = {**SIZES, "kv_heads": 2}
@@ -131,7 +134,7 @@ def test_there_and_back_every_byte_is_the_same(tmp_path: Path, values: dict[str,
             assert json.loads((back / name).read_text()) == json.loads((source / name).read_text())
         else:
             assert (back / name).read_bytes() == (source / name).read_bytes(), name
-    assert names == sorted(path.name for path in back.iterdir() if path.name != "manifest.json")
+    assert names == sorted(path.name for path in back.iterdir() if path.name not in OURS)
 
 
 def test_what_we_write_is_what_metas_code_computes(tmp_path: Path) -> None:
@@ -215,6 +218,45 @@ def test_a_right_checklist_is_told(tmp_path: Path) -> None:
     checklist(source, ["consolidated.00.pth", "consolidated.01.pth", "params.json"])
     report = convert(source, tmp_path / "out", options=options())
     assert any("consolidated.01.pth" in note and "right" in note for note in report.notes)
+
+
+@pytest.mark.slow
+def test_every_direction_is_proven_and_the_figures_lie_beside(tmp_path: Path) -> None:
+    source = huggingface_folder(tmp_path / "hf", dtype=torch.float16)
+    for before, out, to, shards in (
+        (source, tmp_path / "meta", "meta", 2),
+        (tmp_path / "meta", tmp_path / "resharded", "meta", 4),
+        (tmp_path / "resharded", tmp_path / "back", "hf", None),
+    ):
+        report = convert(before, out, to=to, options=ConvertOptions(shards=shards))
+        assert report.parity is not None and report.parity.passed
+        assert report.parity.max_logit_difference == 0 and report.parity.greedy_equal
+        record = json.loads((out / "parity.json").read_text())
+        assert record["verified"] and record["positions"] > 50
+        assert "parity.json" in json.loads((out / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_wrong_conversion_does_not_pass_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = convert_files(huggingface_folder(tmp_path / "hf"), tmp_path / "meta", "meta")
+    monkeypatch.setattr(meta_layout, "pairs_apart", lambda rows, heads: rows)
+    with pytest.raises(ParityError, match="logits differ"):
+        convert(meta, tmp_path / "back", options=ConvertOptions())
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "meta"}
+    convert(meta, tmp_path / "back", options=options())
+    assert json.loads((tmp_path / "back/parity.json").read_text()) == {
+        "verified": False,
+        "why": "--no-verify",
+    }
+
+
+def test_without_a_tokenizer_the_proof_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = meta_style.save_shards(tmp_path / "meta", meta_style.random_tensors(**SIZES), PARAMS, 1)
+    with pytest.raises(ModelError) as refused:
+        convert(source, tmp_path / "out", options=ConvertOptions())
+    assert "tokenizer.model" in str(refused.value) and "--no-verify" in str(refused.value)
 
 
 # ---- bad input

@@ -58,6 +58,7 @@ def command(
 ) -> None:
     from tuoling import console
     from tuoling.weights.convert import ConvertOptions, convert
+    from tuoling.weights.parity import as_record
 
     options = ConvertOptions(
         outtype=outtype,
@@ -70,7 +71,8 @@ def command(
     )
     report = convert(source, out, to=to, options=options)
     if as_json:
-        print(json.dumps(vars(report), ensure_ascii=False, default=str))  # noqa: T201
+        parity = report.parity and as_record(report.parity)
+        print(json.dumps({**vars(report), "parity": parity}, ensure_ascii=False, default=str))  # noqa: T201
         return
     for line in report.notes:
         console.note(line)

@@ -6,11 +6,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import read_json
 from tuoling.language import tr
+
+if TYPE_CHECKING:
+    from tuoling.weights.parity import Parity, Side
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
@@ -56,7 +59,23 @@ class Report:
     tensors: int = 0
     size_bytes: int = 0
     notes: list[str] = field(default_factory=list)
-    parity: Any = None
+    parity: Parity | None = None
+
+
+def prove(
+    before: Side, after: Side, folder: Path, options: ConvertOptions, *, lossless: bool = True
+) -> Parity | None:
+    """Compare what both compute, in a process of its own, and leave the figures in `folder`, where `after` lies.
+
+    Call it before the output is put in its place, so that nothing is left where it does not pass. With
+    `--no-verify` that is written down instead.
+    """
+    from tuoling.weights import parity
+
+    if options.verify:
+        return parity.gate(before, after, lossless=lossless)
+    parity.skipped(folder)
+    return None
 
 
 class Conversion(Protocol):

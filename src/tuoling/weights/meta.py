@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,9 @@ from tuoling.errors import ModelError, UsageError
 from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
 from tuoling.models.adapters import some
+from tuoling.models.source import weight_files
 from tuoling.weights.checklists import verify_checksums
-from tuoling.weights.convert import ConvertOptions, Report
+from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.meta_layout import (
     COMPUTED,
     EMBEDDING,
@@ -30,29 +32,28 @@ from tuoling.weights.meta_layout import (
 )
 from tuoling.weights.meta_params import LLAMA3_WORDS, PARAMS, from_config
 from tuoling.weights.meta_tokenizer import TOKENIZER, find_tokenizer, write_tokenizer
-from tuoling.weights.rewrite import cast, number_type, shard_size_bytes, with_dtype
+from tuoling.weights.parity import Weights
+from tuoling.weights.rewrite import cast, number_type, with_dtype
 from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
 from tuoling.weights.torch_zip import TorchZipWriter
 
 
 def _verified(folder: Path, options: ConvertOptions) -> list[str]:
-    """Compare the files with the checksum lists beside them; sentences about what was done."""
-    if options.unchecked:
-        return [tr("checksum lists are not looked at (--unchecked)", "不检查校验列表（--unchecked）")]
-    files = {path.name for path in shard_files(folder)} | {PARAMS, TOKENIZER}
-    checked = verify_checksums(folder, files)
+    """Compare the files, and the tokenizer above them, with the checksum lists beside them."""
+    notes = verify_checksums(
+        folder, {path.name for path in shard_files(folder)} | {PARAMS, TOKENIZER}, options
+    )
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None and tokenizer.parent != folder:
-        checked += verify_checksums(tokenizer.parent, {TOKENIZER})
-    if not checked:
-        return []
-    return [tr(f"checksums are right: {some(checked, 9)}", f"校验和正确：{some(checked, 9)}")]
+        notes += verify_checksums(tokenizer.parent, {TOKENIZER}, options)
+    return notes
 
 
 def convert_to_huggingface(source: Path, out: Path, options: ConvertOptions) -> Report:
     """Meta's folder (or one of its files) → a Hugging Face folder with config, tokenizer and token ids."""
     meta = source.parent if source.is_file() else source
     dtype = number_type(options.outtype)
+    _require_probes(meta, options)
     notes = _verified(meta, options)
     weights = MetaCheckpoint(meta)
     infos = _typed(weights.infos, dtype)
@@ -61,11 +62,12 @@ def convert_to_huggingface(source: Path, out: Path, options: ConvertOptions) -> 
         config = with_dtype(weights.config, dtype)
         ids = _tokenizer_back(meta, folder, int(config["vocab_size"]), notes)
         write_json(folder / "config.json", config if weights.kept else {**config, **ids})
-        with SafetensorsWriter(folder, infos, shard_size_bytes(size, options.shards)) as writer:
+        with SafetensorsWriter(folder, infos, shards=options.shards) as writer:
             for name in infos:
                 tensor = weights.read(name)
                 writer.write(name, cast(name, tensor, dtype, allow_nan=options.allow_nan, where=meta))
-    return Report(out, tensors=len(infos), size_bytes=size, notes=weights.notes + notes)
+        parity = prove(Weights(meta, described_by=folder), folder, folder, options)
+    return Report(out, tensors=len(infos), size_bytes=size, notes=weights.notes + notes, parity=parity)
 
 
 def _typed(infos: Mapping[str, TensorInfo], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
@@ -97,9 +99,12 @@ def convert_to_meta(source: Path, out: Path, options: ConvertOptions) -> Report:
     """A Hugging Face folder of a LLaMA → Meta's files, one or `--shards` of them."""
     config = read_json(source / "config.json")
     params = from_config(config, str(source / "config.json"))
+    notes = verify_checksums(source, {path.name for path in weight_files(source)}, options)
     weights = open_weights(source)
     _require_tensors(weights, llama_shapes(config), config, source)
-    return _write_meta(weights, config, params, source, out, options)
+    report = _write_meta(weights, config, params, Weights(source), out, options)
+    report.notes[:0] = notes
+    return report
 
 
 def _require_tensors(
@@ -124,22 +129,45 @@ def reshard(source: Path, out: Path, options: ConvertOptions) -> Report:
     meta = source.parent if source.is_file() else source
     if options.shards is None:
         raise UsageError(tr("into how many files?", "要分成几个文件？"), remedy="--shards 1 | 2 | 4 | 8")
+    _require_probes(meta, options)
     notes = _verified(meta, options)
     weights = MetaCheckpoint(meta)
-    report = _write_meta(weights, weights.config, weights.params, meta, out, options)
+    with tempfile.TemporaryDirectory() as described:  # the check wants a config and a tokenizer it can load
+        write_json(Path(described) / "config.json", weights.config)
+        if options.verify:
+            _tokenizer_back(meta, Path(described), int(weights.config["vocab_size"]), [])
+        before = Weights(meta, described_by=Path(described))
+        report = _write_meta(weights, weights.config, weights.params, before, out, options)
     report.notes[:0] = weights.notes + notes
     return report
+
+
+def _require_probes(meta: Path, options: ConvertOptions) -> None:
+    """Without a tokenizer nothing can be asked of the model afterwards; said before the work."""
+    if options.verify and find_tokenizer(meta) is None and not (meta / "tokenizer.json").is_file():
+        raise ModelError(
+            tr(
+                f"no {TOKENIZER}, so that the result cannot be compared with what it came from",
+                f"没有 {TOKENIZER}，无法对比转换前后的计算结果",
+            ),
+            where=str(meta),
+            remedy=tr(
+                f"copy {TOKENIZER} into the folder or above it, or --no-verify",
+                f"把 {TOKENIZER} 复制到该目录或其上级，或用 --no-verify",
+            ),
+        )
 
 
 def _write_meta(
     weights: TensorSource,
     config: Mapping[str, Any],
     params: Mapping[str, Any],
-    source: Path,
+    before: Weights,
     out: Path,
     options: ConvertOptions,
 ) -> Report:
-    """Cut every tensor and fill all files side by side."""
+    """Cut every tensor and fill all files side by side. before: where `weights` lie, for the check afterwards."""
+    source, described_by = before.folder, before.described_by or before.folder
     dtype, count = number_type(options.outtype), options.shards or 1
     heads = int(config["num_attention_heads"])
     sizes = {**config, "num_key_value_heads": int(config.get("num_key_value_heads") or heads)}
@@ -167,8 +195,9 @@ def _write_meta(
         write_json(folder / PARAMS, dict(params))
         write_json(folder / HUGGINGFACE_CONFIG, with_dtype(config, dtype))
         notes = _tokenizer_there(source, folder)
+        parity = prove(before, Weights(folder, described_by=described_by), folder, options)
     size = count * sum(info.size_bytes for info in cut.values())
-    return Report(out, tensors=len(parts), size_bytes=size, notes=notes)
+    return Report(out, tensors=len(parts), size_bytes=size, notes=notes, parity=parity)
 
 
 def _tokenizer_there(source: Path, folder: Path) -> list[str]:

@@ -11,9 +11,10 @@ import torch
 from tuoling.errors import ModelError, UsageError
 from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
-from tuoling.weights.convert import ConvertOptions, Report
+from tuoling.models.source import weight_files
+from tuoling.weights.checklists import verify_checksums
+from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.tensors import (
-    SHARD_SIZE_BYTES,
     SafetensorsWriter,
     TensorInfo,
     copy_companions,
@@ -67,6 +68,7 @@ def cast(
 def convert_huggingface(source: Path, out: Path, options: ConvertOptions) -> Report:
     """Write `out` as safetensors with the config and tokenizer of `source`, tensor by tensor."""
     dtype = number_type(options.outtype)
+    notes = verify_checksums(source, {path.name for path in weight_files(source)}, options)
     weights = open_weights(source)
     infos = {
         name: TensorInfo(dtype, info.shape) if dtype and info.dtype.is_floating_point else info
@@ -74,18 +76,14 @@ def convert_huggingface(source: Path, out: Path, options: ConvertOptions) -> Rep
     }
     size = sum(info.size_bytes for info in infos.values())
     with atomic_folder(out) as folder:
-        with SafetensorsWriter(folder, infos, shard_size_bytes(size, options.shards)) as writer:
+        with SafetensorsWriter(folder, infos, shards=options.shards) as writer:
             for name in infos:
                 tensor = weights.read(name)
                 writer.write(name, cast(name, tensor, dtype, allow_nan=options.allow_nan, where=source))
         write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
         copy_companions(source, folder)
-    return Report(out, tensors=len(infos), size_bytes=size)
-
-
-def shard_size_bytes(total_bytes: int, shards: int | None) -> int:
-    """The largest shard for about so many files; None: as transformers writes them."""
-    return SHARD_SIZE_BYTES if shards is None else -(-total_bytes // shards)
+        parity = prove(source, folder, folder, options)
+    return Report(out, tensors=len(infos), size_bytes=size, notes=notes, parity=parity)
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol, Self
 
 import torch
 
-from tuoling.errors import ModelError, OutputError
+from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import write_json
 from tuoling.language import tr
 from tuoling.models.adapters import some
@@ -271,7 +271,10 @@ def _open_file(path: Path) -> SafetensorsFile | PickledFile:
 
 
 def non_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds NaN or infinity; needs no memory of its size."""
+    """Whether a tensor holds NaN or infinity: by its extremes, which NaN spreads to, at 14 GB/s and without memory.
+
+    `torch.isfinite(tensor).all()` reads 0.3 GB/s of float16 and makes two tensors of half the size.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return False
     if tensor.dtype.itemsize == 1:  # float8: torch finds no extremes in it
@@ -308,17 +311,23 @@ class SafetensorsWriter:
         shard_size_bytes: int = SHARD_SIZE_BYTES,
         metadata: Mapping[str, str] | None = None,
         stem: str = "model",
+        shards: int | None = None,
     ) -> None:
-        """stem: the files' name before `.safetensors` or `-00001-of-00002.safetensors`."""
+        """stem: the files' name before `.safetensors` or `-00001-of-00002.safetensors`.
+
+        shards: just so many files, about equally large, whatever `shard_size_bytes` says.
+        """
         self.folder = folder
         self.infos = dict(infos)
         self.metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        shards = split_shards(self.infos, shard_size_bytes)
-        count = len(shards)
+        parts = (
+            split_shards(self.infos, shard_size_bytes) if shards is None else split_evenly(self.infos, shards)
+        )
+        count = len(parts)
         self._stem = stem
         self._shards = {
             f"{stem}.safetensors" if count == 1 else f"{stem}-{n:05d}-of-{count:05d}.safetensors": names
-            for n, names in enumerate(shards, 1)
+            for n, names in enumerate(parts, 1)
         }
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         self._opened: list[IO[bytes]] = []
@@ -402,6 +411,29 @@ def split_shards(infos: Mapping[str, TensorInfo], shard_size_bytes: int) -> list
         if shards[-1] and filled + info.size_bytes > shard_size_bytes:
             shards.append([])
             filled = 0
+        shards[-1].append(name)
+        filled += info.size_bytes
+    return shards
+
+
+def split_evenly(infos: Mapping[str, TensorInfo], count: int) -> list[list[str]]:
+    """Names in order, in `count` shards of about the same size. Raises UsageError where there are fewer tensors."""
+    if not 0 < count <= len(infos):
+        raise UsageError(
+            tr(
+                f"{len(infos)} tensors cannot fill {count} files",
+                f"{len(infos)} 个张量无法分成 {count} 个文件",
+            ),
+            where="--shards",
+        )
+    total = sum(info.size_bytes for info in infos.values())
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for number, (name, info) in enumerate(infos.items()):
+        to_open, left = count - len(shards), len(infos) - number
+        full = filled * count >= total * len(shards)
+        if shards[-1] and to_open and (full or left <= to_open):
+            shards.append([])
         shards[-1].append(name)
         filled += info.size_bytes
     return shards

@@ -164,6 +164,17 @@ class TorchZipWriter:
     def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.infos = dict(infos)
+        for name, info in infos.items():
+            if info.dtype not in _STORAGE_TYPES:
+                kind = str(info.dtype).removeprefix("torch.")
+                raise OutputError(
+                    tr(
+                        f"{name} is {kind}, which has no place in a .pth file",
+                        f"{name} 是 {kind}，无法写入 .pth 文件",
+                    ),
+                    where=str(path),
+                    remedy="--outtype bf16",
+                )
         folder = path.stem
         self._fixed: dict[str, bytes] = {
             "data.pkl": _pickled(self.infos),
