@@ -282,7 +282,11 @@ def test_several_adapters_with_weights(bases: dict[str, Path], tmp_path: Path) -
     base = bases["bloom"]
     first = peft_adapter(base, tmp_path / "a", seed=1)
     second = peft_adapter(base, tmp_path / "b", seed=2, r=8, target_modules=["dense", "query_key_value"])
-    merge([Weighted(find_model(first), 0.7), Weighted(find_model(second), -0.25)], tmp_path / "out", verify=False)
+    merge(
+        [Weighted(find_model(first), 0.7), Weighted(find_model(second), -0.25)],
+        tmp_path / "out",
+        verify=False,
+    )
     plain: Any = load_model(find_model(base), dtype="fp32", device="cpu")
     stock: Any = PeftModel.from_pretrained(plain, first)
     stock.load_adapter(second, "second")

@@ -43,7 +43,9 @@ def command(
     ] = 1.0,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help=tr("bf16, fp16, fp32; else the base's", "bf16、fp16、fp32；默认与基座相同")),
+        typer.Option(
+            "--dtype", help=tr("bf16, fp16, fp32; else the base's", "bf16、fp16、fp32；默认与基座相同")
+        ),
     ] = None,
     base: Base = None,
     lora_alpha: LoraAlpha = None,
@@ -59,7 +61,7 @@ def command(
 ) -> None:
     from tuoling.errors import OutputError
     from tuoling.models.source import find_model
-    from tuoling.weights.merge import Weighted, merge, stored_dtype
+    from tuoling.weights.merge import Weighted, stored_dtype
 
     stored = stored_dtype(dtype)
     if out.exists():

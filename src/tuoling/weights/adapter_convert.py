@@ -76,7 +76,9 @@ def _todays_config(adapter: Adapter, base: ModelSource | None) -> dict[str, Any]
     config = peft_config(adapter)
     config.inference_mode = True
     if base is not None:
-        config.base_model_name_or_path = base.name if not Path(base.name).exists() else str(base.path.resolve())
+        config.base_model_name_or_path = (
+            base.name if not Path(base.name).exists() else str(base.path.resolve())
+        )
     values = config.to_dict()
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     return dict(sorted(plain.items()))

@@ -38,7 +38,9 @@ class AsTrained:
 
         model = _load(self)
         with torch.no_grad():
-            logits_TV = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+            logits_TV = model(
+                input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False
+            ).logits[0]
         array: np.ndarray = logits_TV.float().cpu().numpy()
         return array
 
