@@ -1,0 +1,1 @@
+"""Weights in and out: other people's layouts read, ours written, in bounded memory and with proof."""
