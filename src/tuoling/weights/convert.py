@@ -16,6 +16,9 @@ from tuoling.models.adapter_files import is_adapter_folder
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
     ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
+    ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
+    ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
+    ("meta", "meta"): "tuoling.weights.meta:reshard",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
