@@ -47,7 +47,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def compare(before: Any, after: Any, *, lossless: bool = True, **more: Any) -> Parity:
     """The gate's work in this process, where no libraries are imported again."""
     bound = more.pop("bound", None)
-    sides = [side if hasattr(side, "logits") or isinstance(side, Weights) else Weights(side) for side in (before, after)]
+    sides = [
+        side if hasattr(side, "logits") or isinstance(side, Weights) else Weights(side)
+        for side in (before, after)
+    ]
     request = Request(sides[0], sides[1], more.pop("probes", PROBES), lossless, **more)
     return judge(Comparison(request).measure(), lossless=lossless, bound=bound, seconds=0.0)
 
@@ -216,7 +219,9 @@ def adapter(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("adapter")
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
     targets = ["q_proj", "v_proj", "down_proj"]
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    )
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -367,9 +372,7 @@ def test_rows_are_filled_up_on_the_right() -> None:
     assert padded([[5, 6, 7], [8]]).tolist() == [[5, 6, 7], [8, 0, 0]]
 
 
-def test_the_gate_writes_its_figures_beside_the_output(
-    models: Mapping[str, Path], tmp_path: Path
-) -> None:
+def test_the_gate_writes_its_figures_beside_the_output(models: Mapping[str, Path], tmp_path: Path) -> None:
     """Through the child process, as every command does it."""
     after = altered(models["llama"], tmp_path / "after", lambda _: None)
     lines: list[str] = []

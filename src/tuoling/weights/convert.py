@@ -32,6 +32,7 @@ class ConvertOptions:
     unchecked:  go on where a checksum list beside the source is wrong.
     lora_alpha: of an adapter whose files do not say it.
     base:       the model that an adapter stands on, where its files do not say it.
+    pre_tokenizer: llama.cpp's name for how a byte-level tokenizer cuts words, where the file does not tell it.
     """
 
     outtype: str | None = None
@@ -41,6 +42,7 @@ class ConvertOptions:
     unchecked: bool = False
     lora_alpha: float | None = None
     base: str | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass

@@ -282,7 +282,10 @@ def table(parity: Parity) -> list[str]:
             tr("greedy text", "贪心文本"),
             tr("equal", "相同")
             if parity.greedy_equal
-            else tr(f"differs on {unequal} of {len(parity.greedy)}", f"{len(parity.greedy)} 条中有 {unequal} 条不同"),
+            else tr(
+                f"differs on {unequal} of {len(parity.greedy)}",
+                f"{len(parity.greedy)} 条中有 {unequal} 条不同",
+            ),
         ),
     ]
     if parity.rounding_difference is not None:

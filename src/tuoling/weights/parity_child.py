@@ -92,7 +92,12 @@ class Comparison:
         found |= self._greedy(side, prompts_NG, continued_NC, shared)
         how["after"] = side.how
         adapted = any(isinstance(of, Weights) and of.adapters for of in self._of.values())
-        found |= {"columns": shared, "streamed": how, "layers": self._layers(), "stored_as": self._stored_as()}
+        found |= {
+            "columns": shared,
+            "streamed": how,
+            "layers": self._layers(),
+            "stored_as": self._stored_as(),
+        }
         found["exact"] = set(how.values()) == {STREAMED} and not adapted
         return found | self._meter.peaks()
 

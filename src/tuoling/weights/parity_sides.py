@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 
-from tuoling.errors import ModelError
 from tuoling.language import tr
 from tuoling.models.adapters import attach_adapter, read_adapter_tensors
 from tuoling.weights.parity import LogitsModel, Weights

@@ -98,9 +98,7 @@ class StreamedModel:
             tensor = tensor[rows]
         return tensor.to(self._rounded.get(name, tensor.dtype)).to(torch.float32)
 
-    def _read_when_called(
-        self, module: nn.Module, own: Mapping[tuple[nn.Module, str], nn.Parameter]
-    ) -> None:
+    def _read_when_called(self, module: nn.Module, own: Mapping[tuple[nn.Module, str], nn.Parameter]) -> None:
         def load(*_: Any) -> None:
             read: dict[int, nn.Parameter] = {}
             for (owner, name), parameter in own.items():
@@ -120,7 +118,9 @@ class StreamedModel:
         """Only the rows of the words that occur are read, and the ids are their places among those rows."""
         whole = embedding._parameters["weight"]
         assert whole is not None
-        embedding.padding_idx = None  # says where no gradient goes, and is checked against the rows that are there
+        embedding.padding_idx = (
+            None  # says where no gradient goes, and is checked against the rows that are there
+        )
 
         def load(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             words, places = torch.unique(inputs[0], return_inverse=True)
