@@ -14,6 +14,9 @@ from tuoling.language import tr
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
+    ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
+    ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
+    ("meta", "meta"): "tuoling.weights.meta:reshard",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
