@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tuoling import environment, files
+from tuoling import environment
 from tuoling.data.store import StoreReport
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr

@@ -9,26 +9,27 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tuoling import console, environment
-from tuoling.errors import UsageError
+from tuoling.errors import TuolingError, UsageError
 from tuoling.files import cannot_write, read_json, require_writable
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
-from tuoling.models.load import load_model
-from tuoling.models.quantization import PLAIN
 from tuoling.models.source import ModelSource, find_model
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.templates import Template, choose_template
 from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gguf_families import gguf_family, plan_tensors, read_sizes, write_sizes
-from tuoling.weights.gguf_file import TensorsInMemory, write_gguf
+from tuoling.weights.gguf_file import write_gguf
 from tuoling.weights.gguf_quantize import FILE_TYPES, fallback_note, quantize_file
 from tuoling.weights.gguf_tokenizer import read_vocabulary, write_vocabulary
 from tuoling.weights.gguf_verify import verify
+from tuoling.weights.merge import Merged, open_merged
 from tuoling.weights.parity import skipped
 from tuoling.weights.tensors import TensorSource, open_weights
 
@@ -52,8 +53,8 @@ def convert_to_gguf(source: Path, out: Path, options: ConvertOptions) -> Report:
         )
     if options.shards not in (None, 1):
         raise UsageError(tr("one file is written", "只写出一个文件"), where="--shards")
-    found = find_model(source, base=options.base)
-    weights = weights_of(found)
+    asked = find_model(source, base=options.base, lora_alpha=options.lora_alpha)
+    found, weights = open_model(asked, options.outtype)
     made = write_model(
         found,
         out,
@@ -63,20 +64,26 @@ def convert_to_gguf(source: Path, out: Path, options: ConvertOptions) -> Report:
         allow_nan=options.allow_nan,
     )
     report = Report(out, tensors=made.tensors, size_bytes=made.size_bytes, notes=made.notes)
-    if options.verify:
-        report.parity, notes = verify(found, out, made.outtype)
-        report.notes += notes
-    else:
+    if isinstance(weights, Merged):
+        report.notes += weights.notes
+    if not options.verify:
         skipped(out)
+        return report
+    try:
+        report.parity, notes = verify(found, out, made.outtype, lora_alpha=options.lora_alpha)
+    except TuolingError:
+        out.unlink()
+        raise
+    report.notes += notes
     return report
 
 
-def weights_of(source: ModelSource) -> TensorSource:
-    """A model's tensors, an adapter's merged into its base's."""
+def open_model(source: ModelSource, outtype: str | None) -> tuple[ModelSource, TensorSource]:
+    """A model and its tensors. An adapter is merged while they are read, in float32 where f32 is written."""
     if not source.is_adapter:
-        return open_weights(source.weights_path)
-    model: Any = load_model(source, dtype="fp32", device="cpu", quantization=PLAIN)
-    return TensorsInMemory(model.merge_and_unload().state_dict())
+        return source, open_weights(source.weights_path)
+    merged = open_merged(source, dtype=torch.float32 if outtype == "f32" else None)
+    return replace(source, config=merged.config), merged
 
 
 @dataclass

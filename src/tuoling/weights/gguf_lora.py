@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tuoling.errors import ModelError, UsageError
-from tuoling.files import read_json
 from tuoling.language import tr
-from tuoling.models.adapters import read_adapter_tensors, some
-from tuoling.models.source import ADAPTER_CONFIG, find_model
+from tuoling.models.adapter_reading import Adapter, read_adapter
+from tuoling.models.adapters import some
+from tuoling.models.source import find_model
 from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gguf_families import GgufFamily, Sizes, gguf_family, gguf_module, read_sizes, row_order
 from tuoling.weights.gguf_file import TensorPlan, TensorsInMemory, type_for, write_gguf
@@ -33,27 +31,27 @@ def convert_adapter(source: Path, out: Path, options: ConvertOptions) -> Report:
             where="--outtype",
             remedy="f32 | f16",
         )
-    found = find_model(source, base=options.base)
+    found = find_model(source, base=options.base, lora_alpha=options.lora_alpha)
     family = gguf_family(found.config, str(found.weights_path))
     sizes = read_sizes(found.config, family)
-    settings = read_json(found.path / ADAPTER_CONFIG)
-    _require_plain(settings, found.path)
-    tensors = read_adapter_tensors(found.path)
-    plans = _plans(family, sizes, tensors, settings, outtype, found.path)
+    adapter = read_adapter(found.path, lora_alpha=options.lora_alpha)
+    _require_plain(adapter)
+    plans = _plans(family, sizes, adapter, outtype)
 
     def metadata(writer: Any) -> None:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(settings["lora_alpha"]))
+        writer.add_float32("adapter.lora.alpha", float(adapter.config["lora_alpha"]))
         writer.add_name(found.run_folder.name)
 
     size = write_gguf(
-        out, family.arch, metadata, plans, TensorsInMemory(tensors), allow_nan=options.allow_nan
+        out, family.arch, metadata, plans, TensorsInMemory(adapter.tensors), allow_nan=options.allow_nan
     )
-    return Report(out, tensors=len(plans), size_bytes=size)
+    return Report(out, tensors=len(plans), size_bytes=size, notes=list(adapter.notes))
 
 
-def _require_plain(settings: Mapping[str, Any], folder: Path) -> None:
+def _require_plain(adapter: Adapter) -> None:
+    settings = adapter.config
     wrong = [key for key in ("use_dora", "modules_to_save", "fan_in_fan_out") if settings.get(key)]
     if settings.get("bias", "none") != "none":
         wrong.append("bias")
@@ -63,22 +61,15 @@ def _require_plain(settings: Mapping[str, Any], folder: Path) -> None:
                 f"llama.cpp cannot add an adapter with {', '.join(wrong)}",
                 f"llama.cpp 无法加载带 {'、'.join(wrong)} 的适配器",
             ),
-            where=str(folder / ADAPTER_CONFIG),
+            where=str(adapter.folder),
             remedy=tr("merge it: --to gguf", "请合并后再写：--to gguf"),
         )
 
 
-def _plans(
-    family: GgufFamily,
-    sizes: Sizes,
-    tensors: Mapping[str, torch.Tensor],
-    settings: Mapping[str, Any],
-    outtype: str,
-    folder: Path,
-) -> list[TensorPlan]:
+def _plans(family: GgufFamily, sizes: Sizes, adapter: Adapter, outtype: str) -> list[TensorPlan]:
     """A and B of every module. B's rows are the module's, in llama.cpp's order, and carry what alpha / r cannot say."""
     plans, unknown = [], []
-    for name, tensor in tensors.items():
+    for name, tensor in adapter.tensors.items():
         match = _NAME.match(name)
         found = gguf_module(family, match["module"]) if match else None
         if match is None or found is None or found[0] in ("token_embd", "output"):
@@ -88,7 +79,7 @@ def _plans(
         rows, scale = None, 1.0
         if match["side"] == "B":
             rows = row_order(family, inside, tensor.shape[0], sizes)
-            scale = _scale(settings, match["module"], tensor.shape[1])
+            scale = _scale(adapter.config, match["module"], tensor.shape[1])
         shape = tuple(tensor.shape)
         plans.append(
             TensorPlan(
@@ -104,7 +95,7 @@ def _plans(
     if unknown:
         raise ModelError(
             tr(f"llama.cpp has no place for {some(unknown)}", f"llama.cpp 中没有 {some(unknown)} 的位置"),
-            where=str(folder),
+            where=str(adapter.folder),
             remedy=tr("merge it: --to gguf", "请合并后再写：--to gguf"),
         )
     return plans

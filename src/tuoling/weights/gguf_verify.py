@@ -41,7 +41,9 @@ class GgufLogits:
         return np.stack(self._model.logits_of(ids, range(len(ids))))
 
 
-def verify(source: ModelSource, out: Path, outtype: str) -> tuple[Parity | None, list[str]]:
+def verify(
+    source: ModelSource, out: Path, outtype: str, *, lora_alpha: float | None = None
+) -> tuple[Parity | None, list[str]]:
     """Compare, and write the figures beside `out`; without llama-cpp-python that is written down and told.
 
     f32 must agree as closely as another engine can; lower types within a bound on perplexity and best words.
@@ -52,7 +54,8 @@ def verify(source: ModelSource, out: Path, outtype: str) -> tuple[Parity | None,
         write_json(record_of(out), {"verified": False, "why": error.problem})
         said = error.problem
         return None, [tr(f"not verified: {said}", f"未验证：{said}")]
-    before = Weights(source.weights_path, ((source.path, 1.0),) if source.is_adapter else ())
+    adapters = ((source.path, 1.0),) if source.is_adapter else ()
+    before = Weights(source.weights_path, adapters, lora_alpha=lora_alpha)
     lossless = outtype == "f32"
     bound = None if lossless else _BOUNDS.get(outtype[:2], Bound())
     return gate(before, GgufLogits(out), lossless=lossless, bound=bound, record=record_of(out)), []
