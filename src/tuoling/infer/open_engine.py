@@ -27,6 +27,7 @@ def open_engine(
     *,
     template: str | None = None,
     base: str | None = None,
+    lora_alpha: float | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -36,13 +37,13 @@ def open_engine(
     """Find, load and wrap a run, adapter, model folder or hub id.
 
     template: overrides the one the weights were tuned with (a warning says so where they differ).
-    base:     overrides where an adapter's base lies.
+    base:     overrides where an adapter's base lies. lora_alpha: of an adapter whose files do not say it.
     quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
     """
     file = gguf_file(path_or_id)
     if file is not None:
         return open_gguf(file, template=template, dtype=dtype, device=device)
-    source = find_model(path_or_id, revision=revision, base=base)
+    source = find_model(path_or_id, revision=revision, base=base, lora_alpha=lora_alpha)
     from tuoling.infer.torch_engine import TorchEngine
     from tuoling.models.load import load_model, load_tokenizer
 
