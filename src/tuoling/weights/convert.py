@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
-    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
+    ("hf", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf-lora"): "tuoling.weights.gguf_lora:convert_adapter",
     ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
     ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
     ("meta", "meta"): "tuoling.weights.meta:reshard",
+    ("gguf", "hf"): "tuoling.weights.from_ggml:convert_gguf",
+    ("ggml", "hf"): "tuoling.weights.from_ggml:convert_old_ggml",
+    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
@@ -40,6 +45,7 @@ class ConvertOptions:
     unchecked:  go on where a checksum list beside the source is wrong.
     lora_alpha: of an adapter whose files do not say it.
     base:       the model that an adapter stands on, where its files do not say it.
+    pre_tokenizer: llama.cpp's name for how a byte-level tokenizer cuts words, where the file does not tell it.
     """
 
     outtype: str | None = None
@@ -49,6 +55,7 @@ class ConvertOptions:
     unchecked: bool = False
     lora_alpha: float | None = None
     base: str | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass
