@@ -21,6 +21,8 @@ CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
     ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
     ("meta", "meta"): "tuoling.weights.meta:reshard",
+    ("gguf", "hf"): "tuoling.weights.from_ggml:convert_gguf",
+    ("ggml", "hf"): "tuoling.weights.from_ggml:convert_old_ggml",
     ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
