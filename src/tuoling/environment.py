@@ -228,6 +228,8 @@ def versions() -> dict[str, str]:
         "accelerate",
         "safetensors",
         "bitsandbytes",
+        "gguf",
+        "llama-cpp-python",
         "numpy",
     ):
         try:
