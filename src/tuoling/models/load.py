@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from tuoling.models.adapters import attach_adapter, some
 from tuoling.models.quantization import Quantization
 from tuoling.models.source import ModelSource, find_model, weight_files
 from tuoling.models.tokenizers import load_tokenizer
+from tuoling.models.weight_files import damaged, read_header, require_shards
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,51 +188,10 @@ def _require_whole(folder: Path, files: list[Path]) -> None:
     """Every shard that the index names is there, and no safetensors file is shorter than its header says."""
     if not files:
         raise ModelError(tr("the model folder has no weights", "模型目录中没有权重文件"), where=str(folder))
-    for index in sorted(folder.glob("*.index.json")):
-        if files[0].suffix not in index.name.removesuffix(".index.json"):
-            continue
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in wanted if not (folder / name).is_file())
-        if missing:
-            raise ModelError(
-                tr(f"weight files are missing: {some(missing)}", f"缺少权重文件：{some(missing)}"),
-                where=str(folder),
-                remedy=tr(
-                    "download again; what is whole is not fetched twice", "请重新下载；完整的文件不会重复下载"
-                ),
-            )
+    require_shards(folder, files)
     for file in files:
         if file.suffix == ".safetensors":
-            _require_full_length(file)
-
-
-def _require_full_length(file: Path) -> None:
-    """A safetensors file is 8 bytes of header length, the header, and the bytes up to its largest offset."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(length)) if length <= size else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            header = None
-    if not isinstance(header, dict):
-        raise _damaged(file, tr("its header cannot be read", "无法读取文件头"))
-    end = max(
-        (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-    )
-    if size != 8 + length + end:
-        raise _damaged(
-            file,
-            tr(f"{size} bytes, should be {8 + length + end}", f"有 {size} 字节，应为 {8 + length + end}"),
-        )
-
-
-def _damaged(file: Path, detail: str) -> ModelError:
-    return ModelError(
-        tr(f"the file is damaged or cut short: {detail}", f"文件损坏或不完整：{detail}"),
-        where=str(file),
-        remedy=tr("copy or download it again", "请重新复制或下载"),
-    )
+            read_header(file)
 
 
 @contextmanager
@@ -243,7 +202,7 @@ def _weight_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise _damaged(folder, _first_line(error)) from error
+        raise damaged(folder, _first_line(error)) from error
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise ModelError(

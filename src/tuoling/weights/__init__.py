@@ -1,1 +1,1 @@
-"""Weights in and out: every old layout read, the ones that matter written, each step proven."""
+"""Weights in and out: other people's layouts read, ours written, in bounded memory and with proof."""

@@ -1,0 +1,167 @@
+"""What a path holds, and which function turns it into something else. A new conversion is one entry in a table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuoling.errors import ModelError, OutputError, UsageError
+from tuoling.files import read_json
+from tuoling.language import tr
+
+CONVERSIONS: dict[tuple[str, str], str] = {
+    ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
+}
+"""(what lies there, what is wanted) → "module:function", imported when it is asked for."""
+
+USUAL_TARGET = {"meta": "hf", "adapter": "adapter", "gguf": "hf", "ggml": "hf", "gptq": "hf"}
+"""`--to` where it is not given and OUT does not end in .gguf. A Hugging Face folder has no usual target."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the user may choose. A conversion refuses by `UsageError` what it cannot do.
+
+    outtype:    number type of the result (f32, f16, bf16, q8_0, ...); None: as the source has it.
+    shards:     how many files; None: as usual for the format.
+    verify:     prove the result by `parity.gate`; off is recorded beside the output.
+    allow_nan:  write tensors that hold NaN or infinity, which are refused otherwise.
+    unchecked:  go on where a checksum list beside the source is wrong.
+    lora_alpha: of an adapter whose files do not say it.
+    base:       the model that an adapter stands on, where its files do not say it.
+    """
+
+    outtype: str | None = None
+    shards: int | None = None
+    verify: bool = True
+    allow_nan: bool = False
+    unchecked: bool = False
+    lora_alpha: float | None = None
+    base: str | None = None
+
+
+@dataclass
+class Report:
+    """What was done. notes: sentences for the user, already in their language."""
+
+    out: Path
+    kind: str = ""
+    to: str = ""
+    tensors: int = 0
+    size_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    parity: Any = None
+
+
+class Conversion(Protocol):
+    """Writes `out` (which does not exist yet) whole or not at all."""
+
+    def __call__(self, source: Path, out: Path, options: ConvertOptions) -> Report: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One layout of weights. looks: cheap, reads names, small JSON files and magic numbers only."""
+
+    name: str
+    en: str
+    zh: str
+    looks: Callable[[Path], bool]
+
+
+def _starts_with(magic: bytes) -> Callable[[Path], bool]:
+    def looks(path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+
+    return looks
+
+
+def _is_meta(path: Path) -> bool:
+    if path.is_file():
+        return path.name.startswith("consolidated.") and path.suffix == ".pth"
+    return any(path.glob("consolidated.*.pth"))
+
+
+def _is_adapter(path: Path) -> bool:
+    """PEFT's files, or a Trainer's checkpoint that has weights and no model's config."""
+    if path.is_file():
+        return path.name.startswith("adapter_model.")
+    named = any((path / name).is_file() for name in ("adapter_config.json", "adapter_model.bin"))
+    return named or ((path / "pytorch_model.bin").is_file() and not (path / "config.json").is_file())
+
+
+def _is_gptq(path: Path) -> bool:
+    config = path / "config.json"
+    if not path.is_dir() or not config.is_file():
+        return False
+    value = read_json(config)
+    said = value.get("quantization_config") if isinstance(value, dict) else None
+    return (path / "quantize_config.json").is_file() or (said or {}).get("quant_method") == "gptq"
+
+
+def _is_huggingface(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").is_file()
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("gguf", "GGUF file", "GGUF 文件", _starts_with(b"GGUF")),
+    Kind("ggml", "old ggml file", "旧 ggml 文件", _starts_with(b"lmgg")),
+    Kind("meta", "Meta checkpoint", "Meta 权重", _is_meta),
+    Kind("adapter", "adapter", "适配器", _is_adapter),
+    Kind("gptq", "GPTQ model", "GPTQ 模型", _is_gptq),
+    Kind("hf", "Hugging Face folder", "Hugging Face 目录", _is_huggingface),
+)
+"""The first that fits is what a path is called."""
+
+
+def recognise(path: Path) -> Kind:
+    """What lies at `path`. Raises ModelError where nothing is there, or nothing that is known."""
+    if not path.exists():
+        raise ModelError(tr("nothing is there", "路径不存在"), where=str(path))
+    for kind in KINDS:
+        if kind.looks(path):
+            return kind
+    known = tr(", ".join(kind.en for kind in KINDS), "、".join(kind.zh for kind in KINDS))
+    raise ModelError(
+        tr("no weights of a known layout", "没有已知格式的权重"),
+        where=str(path),
+        remedy=tr(f"known: {known}", f"已知格式：{known}"),
+    )
+
+
+def target_of(kind: Kind, out: Path, to: str | None) -> str:
+    """What is to be written: as asked, else by the name of `out`, else as usual for the kind."""
+    reachable = [target for source, target in CONVERSIONS if source == kind.name]
+    wanted = to or ("gguf" if out.suffix == ".gguf" else USUAL_TARGET.get(kind.name))
+    if wanted is None:
+        raise UsageError(
+            tr("a Hugging Face folder into what?", "要把 Hugging Face 目录转换成什么？"),
+            remedy=f"--to {' | '.join(reachable)}",
+        )
+    if wanted not in reachable:
+        raise UsageError(
+            tr(f"a {kind.en} cannot be written as {wanted}", f"{kind.zh}无法转换为 {wanted}"),
+            remedy=f"--to {' | '.join(reachable)}" if reachable else None,
+        )
+    return wanted
+
+
+def convert(source: Path, out: Path, *, to: str | None = None, options: ConvertOptions) -> Report:
+    """Turn what lies at `source` into `out`. Raises UsageError for a pair that has no entry."""
+    kind = recognise(source)
+    target = target_of(kind, out, to)
+    if out.exists():
+        raise OutputError(
+            tr("already exists", "已经存在"), where=str(out), remedy=tr("choose another place", "换一个位置")
+        )
+    module, _, function = CONVERSIONS[kind.name, target].partition(":")
+    run: Conversion = getattr(importlib.import_module(module), function)
+    report = run(source, out, options)
+    report.kind, report.to = kind.name, target
+    return report
