@@ -18,20 +18,26 @@ needs a number that holds for every model.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from rich.cells import cell_len
 
 from tuoling import console
 from tuoling.errors import ModelError
 from tuoling.files import write_json
 from tuoling.language import tr
+from tuoling.models.source import find_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,14 +85,29 @@ class LogitsModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model folder, and adapters on top of it, each with its weight (1.0: as it was trained)."""
+    """A model folder, and adapters on top of it, each with its weight (1.0: as it was trained).
+
+    described_by: folder with config.json and tokenizer, where `folder` has none (Meta's layout).
+    """
 
     folder: Path
     adapters: tuple[tuple[Path, float], ...] = ()
+    described_by: Path | None = None
 
 
 Side = Path | str | Weights | LogitsModel
 """A model, run or adapter folder (an adapter with its base), `Weights`, or an engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the child is asked."""
+
+    before: Weights | LogitsModel
+    after: Weights | LogitsModel
+    probes: tuple[str, ...]
+    lossless: bool
+    vocabulary: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +179,203 @@ def gate(
     record:     where the figures are written: by default in the folder `after`, or beside the file `after`.
     Raises ParityError, with the figures, where it does not pass (nothing is written then).
     """
-    raise NotImplementedError
+    request = Request(_weights(before), _weights(after), tuple(probes or PROBES), lossless, vocabulary)
+    began = time.perf_counter()
+    measured = _measure(request)
+    parity = judge(measured, lossless=lossless, bound=bound, seconds=time.perf_counter() - began)
+    for line in table(parity):
+        say(line)
+    where = record or _record_of_side(after)
+    if not parity.passed:
+        raise ParityError(
+            tr("what was written does not compute the same: ", "写出的权重与原来的计算结果不同：")
+            + "; ".join(parity.reasons),
+            where=str(where.parent) if where else None,
+            remedy=tr("to keep it all the same: --no-verify", "若仍要保留：--no-verify"),
+        )
+    if where is not None:
+        write_json(where, as_record(parity))
+    return parity
+
+
+def judge(measured: Mapping[str, Any], *, lossless: bool, bound: Bound | None, seconds: float) -> Parity:
+    """The verdict on the child's figures."""
+    found = dict(measured)
+    exact, layers, stored_as = found.pop("exact"), found.pop("layers"), found.pop("stored_as")
+    found["greedy"] = tuple(Greedy(**text) for text in found["greedy"])
+    tolerance = None
+    if lossless:
+        relative = 0.0 if exact else rounding_tolerance(stored_as, layers)
+        tolerance, bound = relative * found["spread"], None
+    else:
+        bound = bound or Bound()
+    reasons = tuple(_reasons(found, tolerance, bound))
+    return Parity(
+        passed=not reasons,
+        lossless=lossless,
+        tolerance=tolerance,
+        bound=bound,
+        reasons=reasons,
+        seconds=round(seconds, 1),
+        **found,
+    )
+
+
+def rounding_tolerance(stored_as: str | None, layers: int) -> float:
+    """Largest difference, in spreads, that rounding explains; `stored_as` None: an engine computed one side.
+
+    Every number after a matmul carries a relative error of about 0.4 u (u: half the type's eps, uniform rounding of
+    each weight), four such in a row in each layer, added in the square: 0.8 u sqrt(layers), of which the largest of
+    ten million logits lies 5.3 deviations out: 4.2 u sqrt(layers). Twice that is allowed, and 2^-17 for sums of
+    float32 in another order (4096 terms: sqrt(4096) x 2^-24 = 2^-18).
+    """
+    if stored_as is None:
+        return ENGINE_TOLERANCE
+    unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}.get(stored_as, 2.0**-24)
+    return (8 * unit + 2.0**-17) * math.sqrt(layers + 1)
+
+
+def _reasons(found: Mapping[str, Any], tolerance: float | None, bound: Bound | None) -> Iterator[str]:
+    """Why it does not pass; nothing where it does."""
+    difference = found["max_logit_difference"]
+    if tolerance is not None and difference > tolerance:
+        yield tr(
+            f"logits differ by {difference:.3g}, allowed {tolerance:.3g}",
+            f"logits 相差 {difference:.3g}，允许 {tolerance:.3g}",
+        )
+    if bound is None:
+        return
+    ratio, agreement = found["perplexity_after"] / found["perplexity_before"], found["top1_agreement"]
+    if ratio > bound.perplexity:
+        yield tr(
+            f"perplexity x {ratio:.3g}, allowed x {bound.perplexity:.3g}",
+            f"困惑度变为 {ratio:.3g} 倍，允许 {bound.perplexity:.3g} 倍",
+        )
+    if agreement < bound.top1:
+        yield tr(
+            f"the best next word agrees at {agreement:.1%} of positions, {bound.top1:.0%} needed",
+            f"首选词在 {agreement:.1%} 的位置一致，至少应为 {bound.top1:.0%}",
+        )
+
+
+def table(parity: Parity) -> list[str]:
+    """The figures for a person, one line each."""
+    change = parity.perplexity_after / parity.perplexity_before - 1
+    allowed = (
+        tr(f"allowed {parity.tolerance:.3g}", f"允许 {parity.tolerance:.3g}")
+        if parity.tolerance is not None
+        else tr("the price of this step", "这一步的代价")
+    )
+    unequal = sum(text.before != text.after for text in parity.greedy)
+    rows = [
+        (
+            tr("largest logit difference", "logits 最大差"),
+            f"{parity.max_logit_difference:.3g} ({allowed}; "
+            + tr(f"spread {parity.spread:.3g})", f"标准差 {parity.spread:.3g}）").replace("）", ")"),
+        ),
+        (tr("best next word agrees", "首选词一致"), f"{parity.top1_agreement:.2%}"),
+        (
+            tr("perplexity", "困惑度"),
+            f"{parity.perplexity_before:.4f} → {parity.perplexity_after:.4f} ({change:+.2%})",
+        ),
+        (
+            tr("greedy text", "贪心文本"),
+            tr("equal", "相同")
+            if parity.greedy_equal
+            else tr(f"differs on {unequal} of {len(parity.greedy)}", f"{len(parity.greedy)} 条中有 {unequal} 条不同"),
+        ),
+    ]
+    if parity.rounding_difference is not None:
+        rows.insert(
+            1, (tr("of rounding to the new type", "换成新类型的舍入"), f"{parity.rounding_difference:.3g}")
+        )
+    rows += [
+        (tr(f"{side} ran", {"before": "转换前", "after": "转换后"}[side]), how)
+        for side, how in parity.streamed.items()
+        if how != "streamed"
+    ]
+    memory = "" if parity.peak_gib is None else f"{parity.peak_gib:.2f} GiB, "
+    rows.append((tr("memory, time", "内存、用时"), f"{memory}{parity.seconds:.0f} s"))
+    verdict = tr("passed", "通过") if parity.passed else tr("NOT passed", "未通过")
+    positions = tr(
+        f"{parity.positions} positions of {len(parity.greedy)} probes, {parity.columns} words",
+        f"{len(parity.greedy)} 条探针 {parity.positions} 个位置，{parity.columns} 个词",
+    )
+    width = max(cell_len(label) for label, _ in rows)
+    lines = [f"  {label}{' ' * (width - cell_len(label))}  {value}" for label, value in rows]
+    return [tr(f"parity {verdict}: {positions}", f"一致性检查{verdict}：{positions}"), *lines]
+
+
+def as_record(parity: Parity) -> dict[str, Any]:
+    """What parity.json holds: the verdict first."""
+    return {**asdict(parity), "verified": True}
+
+
+def _weights(side: Side) -> Weights | LogitsModel:
+    """A folder's weights with the adapters that its files name; anything else as it is."""
+    if not isinstance(side, Path | str):
+        return side
+    path = Path(side)
+    if path.is_dir() and (path / "config.json").is_file() and not (path / "run.json").is_file():
+        return Weights(path)
+    source = find_model(side)
+    return Weights(source.weights_path, ((source.path, 1.0),) if source.is_adapter else ())
+
+
+def _measure(request: Request) -> dict[str, Any]:
+    """Run the child. Raises what it raised, or ParityError where it ended without an answer."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
+        child = subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notes)
+        try:
+            assert child.stdin is not None and child.stdout is not None
+            with suppress(BrokenPipeError):  # it has ended: what it said is read below
+                child.stdin.write(pickle.dumps(sys.path) + pickle.dumps(request))
+                child.stdin.close()
+            answer = _follow(child.stdout)
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        notes.seek(0)
+        last = (notes.read().strip().splitlines() or [""])[-1]
+    if "measured" in answer:
+        measured: dict[str, Any] = answer["measured"]
+        return measured
+    if "error" in answer:
+        said = answer["error"]
+        raise ParityError(said["problem"], where=said["where"], remedy=said["remedy"] or _way_past())
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        last = tr("the system killed it for its memory", "系统因内存不足将其终止")
+    raise ParityError(
+        tr(f"the check itself failed: {last or code}", f"检查本身失败：{last or code}"), remedy=_way_past()
+    )
+
+
+def _follow(lines: IO[bytes]) -> dict[str, Any]:
+    """Show a bar while passes are reported; the last line is the answer."""
+    answer: dict[str, Any] = {}
+    with console.progress() as bar:
+        task = bar.add_task(tr("parity", "一致性检查"), total=GREEDY_TOKENS + 3, detail="")
+        for line in lines:
+            answer = json.loads(line)
+            if "pass" in answer:
+                bar.update(task, completed=answer["pass"])
+    return answer
+
+
+def _way_past() -> str:
+    return tr("to go on without it: --no-verify", "跳过检查：--no-verify")
+
+
+def _record_of_side(after: Side) -> Path | None:
+    if isinstance(after, Weights):
+        return record_of(after.folder)
+    return record_of(Path(after)) if isinstance(after, Path | str) else None
 
 
 def skipped(after: Path, *, record: Path | None = None) -> None:
     """Write down that nothing was compared, because the user said `--no-verify`."""
-    write_json(record or record_of(after), {"passed": None, "why": "--no-verify"})
+    write_json(record or record_of(after), {"verified": False, "why": "--no-verify"})
 
 
 def record_of(after: Path) -> Path:
