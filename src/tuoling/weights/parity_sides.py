@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -142,18 +143,20 @@ def streamable_config(weights: Weights) -> Any:
 def attach_adapters(model: Any, weights: Weights) -> Any:
     """The model with its adapters beside it, unmerged, each with its weight."""
     from peft import PeftConfig, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
     names = [f"adapter_{number}" if number else "default" for number in range(len(weights.adapters))]
     for name, (folder, weight) in zip(names, weights.adapters, strict=True):
-        if name == "default":
-            model = attach_adapter(model, folder, trainable=False)
-        else:
-            model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
         state = {key: tensor.float() for key, tensor in read_adapter_tensors(folder).items()}
-        # once more, and by assignment: on a model without weights the adapter's own have none either
-        set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a model without weights the first has none to copy to
+            if name == "default":
+                model = attach_adapter(model, folder, trainable=False)
+            else:
+                model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
+            set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=True)
         for module in model.modules():
-            if name in getattr(module, "scaling", {}):
+            if isinstance(module, LoraLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     if len(names) > 1:
         model.base_model.set_adapter(names)
