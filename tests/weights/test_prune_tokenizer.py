@@ -301,3 +301,21 @@ def test_other_kinds_are_refused() -> None:
 
     with pytest.raises(ModelError, match="WordLevel"):
         TokenizerState(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
+
+
+def test_an_unknown_character_costs_what_it_did() -> None:
+    """Unigram scores unknown characters ten below its lowest piece: that piece stays, or "xp" + unknown would win."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+
+    pieces = [("<unk>", 0.0), ("x", -39.0), ("p", -30.0), ("pc", -15.0), ("xp", -1.0), ("z", -60.0), ("y", -59.0)]
+    full = Tokenizer(Unigram(pieces, 0, False))
+    state = TokenizerState(full.to_str())
+    counts = np.zeros(len(pieces), dtype=np.int64)
+    for text in ("xpc", "xp"):
+        counts[full.encode(text).ids] += 1
+    old_ids = choose(state, counts, ()).old_ids
+    smaller = Tokenizer.from_str(state.restricted(old_ids.tolist()))
+    assert full.encode("xpc").tokens == smaller.encode("xpc").tokens == ["x", "pc"]
+    assert state.tokens[5] == "z"
+    assert old_ids.tolist() == [0, 1, 2, 3, 4, 5], "y is not needed"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,8 @@ class _Pruning:
             self._write_settings(folder, found)
             smaller = load_tokenizer(folder, for_training=False)
             require_same_special(self.full, smaller, self.source.path)
-            corpus = compare(self._rows(self.options.keep), self.full, smaller, found.new_ids)
+            with self._watched(self.options.keep, tr("comparing rows", "逐条比较")) as rows:
+                corpus = compare(rows, self.full, smaller, found.new_ids)
             self.say(corpus_line(corpus, choice, self.words.rows))
             held_out, estimated = self._held_out(counts, smaller, found)
             self.say(held_out_line(held_out, estimated))
@@ -158,9 +160,18 @@ class _Pruning:
         sources = resolve_sources(specs, format=self.options.data_format, columns=self.options.columns)
         return Rows(sources, self.template)
 
+    @contextmanager
+    def _watched(self, specs: Sequence[str], label: str) -> Iterator[Rows]:
+        """Rows whose reading is shown as it goes on."""
+        rows = self._rows(specs)
+        with console.progress() as bar:
+            task = bar.add_task(label, total=None, detail="")
+            rows.progress = lambda count: bar.update(task, completed=count)
+            yield rows
+
     def _count(self) -> Counts:
-        rows = self._rows(self.options.keep)
-        counts = count_tokens(rows, self.full, self.words.rows)
+        with self._watched(self.options.keep, tr("reading rows", "读取数据")) as rows:
+            counts = count_tokens(rows, self.full, self.words.rows)
         formats = ", ".join(f"{name} {count:,}" for name, count in rows.formats.items())
         self.say(
             tr(
@@ -262,7 +273,7 @@ class _Pruning:
             self.source.path,
             folder,
             lossless=True,
-            probes=self._probes(found),
+            probes=self._probes(found) or None,
             vocabulary=found.old_ids.tolist(),
             say=self.say,
         )

@@ -16,7 +16,7 @@ from tuoling.files import atomic_folder, read_json, sha256_file, write_json
 from tuoling.language import tr
 from tuoling.models.adapter_files import ADAPTER_CONFIG
 from tuoling.models.adapter_reading import read_adapter
-from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model
+from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model, hub_name
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.render import Segment
 from tuoling.text.templates import choose_template
@@ -167,15 +167,15 @@ def _restore_adapter(
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = dict(adapter.config)
-    config["base_model_name_or_path"] = whole.name or str(whole.path)
     if config.get("trainable_token_indices"):
         config["trainable_token_indices"] = _old_tokens(config["trainable_token_indices"], found.old_of())
-    write_json(folder / ADAPTER_CONFIG, config)
     record = {
         "path": str(whole.path.absolute()),
         "named": whole.name,
         "config_sha256": sha256_file(whole.path / "config.json"),
     }
+    config["base_model_name_or_path"] = hub_name(record) or record["path"]
+    write_json(folder / ADAPTER_CONFIG, config)
     _write_settings(trained, whole, found, folder, {"base": record})
 
 

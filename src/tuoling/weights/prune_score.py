@@ -18,7 +18,7 @@ from tuoling.weights.parity_sides import FolderSide, read_config
 
 SCORED_ROWS = 8
 SCORED_TOKENS = 64
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 128 << 20
 """8 rows of 64 tokens over 250,880 words would be 514 MB of float32 logits at once; they go in parts."""
 
 

@@ -62,13 +62,14 @@ class TokenizerState:
         token = self.tokens.get(index)
         if token is None:
             return None
-        if index in self.added:
-            return frozenset((index,))
         if self.kind == "BPE":
-            made = self._pairs.needs(token)
+            made = self._pairs.needs(token) if token in self._ids else None
             if made is not None:
                 return frozenset(self._ids[symbol] for symbol in made)
-            return frozenset((index,)) if self._model.get("ignore_merges") or self._is_byte(token) else None
+            alone = index in self.added or self._model.get("ignore_merges") or self._is_byte(token)
+            return frozenset((index,)) if alone else None
+        if index in self.added:
+            return frozenset((index,))
         # Unigram: a character that has no piece of its own is "unknown" there, with a score of its own
         return frozenset((index, *(self._ids[char] for char in token if char in self._ids)))
 
