@@ -344,7 +344,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(
     state = {**state_of(adapter), "lora_evil": Evil(proof)}
     torch.save(state, folder / name, _use_new_zipfile_serialization=zipped)
     shutil.copy(adapter / "adapter_config.json", folder)
-    with pytest.raises(ModelError, match="not a file of plain tensors: .*mkdir"):
+    with pytest.raises(ModelError, match=r"not a file of plain tensors: .*mkdir"):
         logits(folder, base=str(base))
     assert not proof.exists()
     torch.load(folder / name, weights_only=False)

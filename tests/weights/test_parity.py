@@ -18,8 +18,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tuoling.errors import ModelError
 from tuoling.files import read_json
 from tuoling.weights import parity
-from tuoling.weights.parity import PROBES, Bound, Parity, ParityError, Request, Weights, gate, judge, table
+from tuoling.weights.parity import PROBES, ParityError, Request, Weights, gate
 from tuoling.weights.parity_child import Comparison, narrower, padded
+from tuoling.weights.parity_figures import Bound, Parity, judge, table
 from tuoling.weights.parity_sides import STREAMED, FolderSide
 
 LLAMA = {
@@ -47,7 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def compare(before: Any, after: Any, *, lossless: bool = True, **more: Any) -> Parity:
     """The gate's work in this process, where no libraries are imported again."""
     bound = more.pop("bound", None)
-    sides = [side if hasattr(side, "logits") or isinstance(side, Weights) else Weights(side) for side in (before, after)]
+    sides = [
+        side if hasattr(side, "logits") or isinstance(side, Weights) else Weights(side)
+        for side in (before, after)
+    ]
     request = Request(sides[0], sides[1], more.pop("probes", PROBES), lossless, **more)
     return judge(Comparison(request).measure(), lossless=lossless, bound=bound, seconds=0.0)
 
@@ -216,7 +220,9 @@ def adapter(models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("adapter")
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
     targets = ["q_proj", "v_proj", "down_proj"]
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    )
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -247,8 +253,12 @@ def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(
     before = Weights(models["llama"], ((adapter, 1.0),))
     found = compare(before, merged(models["llama"], adapter, tmp_path / "merged", dtype=dtype))
     assert found.passed and found.streamed["before"] == STREAMED
-    assert found.tolerance is not None and 0 < found.max_logit_difference < found.tolerance
+    assert found.tolerance is not None and found.rounding_difference is not None
+    assert found.max_logit_difference <= found.tolerance < 0.01 * found.spread
+    assert found.rounding_difference > 0
     assert not compare(before, models["llama"]).passed
+    nearly = merged(models["llama"], adapter, tmp_path / "nearly", dtype=dtype, weight=0.98)
+    assert not compare(before, nearly).passed
 
 
 def test_two_adapters_with_weights(models: Mapping[str, Path], adapter: Path, tmp_path: Path) -> None:
@@ -367,9 +377,7 @@ def test_rows_are_filled_up_on_the_right() -> None:
     assert padded([[5, 6, 7], [8]]).tolist() == [[5, 6, 7], [8, 0, 0]]
 
 
-def test_the_gate_writes_its_figures_beside_the_output(
-    models: Mapping[str, Path], tmp_path: Path
-) -> None:
+def test_the_gate_writes_its_figures_beside_the_output(models: Mapping[str, Path], tmp_path: Path) -> None:
     """Through the child process, as every command does it."""
     after = altered(models["llama"], tmp_path / "after", lambda _: None)
     lines: list[str] = []
@@ -415,10 +423,11 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, vocab_size=8192
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    half = altered(tmp_path, tmp_path / "half", _cast(torch.bfloat16))
-    found = gate(tmp_path, half, lossless=True, probes=PROBES[:2], say=lambda _: None)
+    full = tmp_path / "full"
+    AutoModelForCausalLM.from_config(config).save_pretrained(full)
+    tokenizer.save_pretrained(full)
+    size = (full / "model.safetensors").stat().st_size
+    half = altered(full, tmp_path / "half", _cast(torch.bfloat16))
+    found = gate(full, half, lossless=True, probes=PROBES[:2], say=lambda _: None)
     assert size > 230 * 2**20
     assert found.peak_gib is not None and found.peak_gib * 2**30 < 100 * 2**20

@@ -24,12 +24,15 @@ HELP = tr(
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help=tr("model folder or file", "模型目录或文件"))],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=tr("must not exist yet", "不能已经存在"))],
-    to: Annotated[str | None, typer.Option("--to", help="hf | meta | gguf | adapter")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="hf | meta | gguf | gguf-lora | adapter")] = None,
     outtype: Annotated[
         str | None,
         typer.Option(
             "--outtype",
-            help=tr("f32, f16, bf16; as the source, if not given", "f32、f16、bf16；默认与源相同"),
+            help=tr(
+                "f32, f16, bf16; for GGUF q8_0, q4_k_m, … too; as the source, if not given",
+                "f32、f16、bf16；GGUF 还可用 q8_0、q4_k_m 等；默认与源相同",
+            ),
         ),
     ] = None,
     shards: Annotated[
@@ -41,6 +44,14 @@ def command(
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help=tr("base model of an adapter", "适配器的基座模型"))
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer",
+            metavar="NAME",
+            help=tr("for GGUF, where it is not recognised", "写 GGUF 时的分词前处理，无法识别时指定"),
+        ),
     ] = None,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))
@@ -67,6 +78,7 @@ def command(
         unchecked=unchecked,
         lora_alpha=lora_alpha,
         base=base,
+        pre_tokenizer=pre_tokenizer,
     )
     report = convert(source, out, to=to, options=options)
     if as_json:

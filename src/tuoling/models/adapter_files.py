@@ -19,8 +19,9 @@ def is_adapter_folder(folder: Path) -> bool:
         return True
     if (folder / "config.json").is_file():
         return False
-    present = (folder / name for name in (*ADAPTER_WEIGHTS, *TRAINER_WEIGHTS))
-    return any(names_lora(file) for file in present if file.is_file())
+    if any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        return True
+    return any(names_lora(folder / name) for name in TRAINER_WEIGHTS)
 
 
 def adapter_config_file(folder: Path) -> Path | None:

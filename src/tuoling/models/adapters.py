@@ -93,7 +93,8 @@ def attach_adapter(
     for line in adapter.notes:
         console.note(line)
     wrapped = wrap(model, adapter, trainable=trainable)
-    set_peft_model_state_dict(wrapped, dict(adapter.tensors))
+    on_meta = next(model.parameters()).is_meta
+    set_peft_model_state_dict(wrapped, dict(adapter.tensors), low_cpu_mem_usage=on_meta)
     return wrapped
 
 
@@ -105,7 +106,7 @@ def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -
     """
     from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 
-    config = _peft_config(adapter)
+    config = peft_config(adapter)
     config.inference_mode = not trainable
     _fit_vocabulary(model, adapter)
     on_meta = next(model.parameters()).is_meta
@@ -125,7 +126,8 @@ def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -
 
 def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
     """Resize the embeddings to the rows that the adapter was saved with, where it holds whole ones."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     ends = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_in", "embed_out")
     saved = {
         tensor.shape[0]
@@ -136,7 +138,8 @@ def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
         model.resize_token_embeddings(saved.pop(), mean_resizing=False)
 
 
-def _peft_config(adapter: Adapter) -> Any:
+def peft_config(adapter: Adapter) -> Any:
+    """The adapter's config as PEFT's own object. Raises ModelError where PEFT does not take it."""
     from peft import PeftConfig
 
     try:

@@ -11,9 +11,19 @@ from typing import Any, Protocol
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import read_json
 from tuoling.language import tr
+from tuoling.models.adapter_files import is_adapter_folder
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
+    ("hf", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf-lora"): "tuoling.weights.gguf_lora:convert_adapter",
+    ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
+    ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
+    ("meta", "meta"): "tuoling.weights.meta:reshard",
+    ("gguf", "hf"): "tuoling.weights.from_ggml:convert_gguf",
+    ("ggml", "hf"): "tuoling.weights.from_ggml:convert_old_ggml",
+    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
@@ -32,6 +42,7 @@ class ConvertOptions:
     unchecked:  go on where a checksum list beside the source is wrong.
     lora_alpha: of an adapter whose files do not say it.
     base:       the model that an adapter stands on, where its files do not say it.
+    pre_tokenizer: llama.cpp's name for how a byte-level tokenizer cuts words, where the file does not tell it.
     """
 
     outtype: str | None = None
@@ -41,6 +52,7 @@ class ConvertOptions:
     unchecked: bool = False
     lora_alpha: float | None = None
     base: str | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass
@@ -92,8 +104,8 @@ def _is_adapter(path: Path) -> bool:
     """PEFT's files, or a Trainer's checkpoint that has weights and no model's config."""
     if path.is_file():
         return path.name.startswith("adapter_model.")
-    named = any((path / name).is_file() for name in ("adapter_config.json", "adapter_model.bin"))
-    return named or ((path / "pytorch_model.bin").is_file() and not (path / "config.json").is_file())
+    bare = (path / "pytorch_model.bin").is_file() and not (path / "config.json").is_file()
+    return bare or is_adapter_folder(path)
 
 
 def _is_gptq(path: Path) -> bool:

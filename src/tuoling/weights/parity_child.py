@@ -22,8 +22,17 @@ from tuoling import environment
 from tuoling.errors import ModelError, TuolingError
 from tuoling.language import tr
 from tuoling.weights.parity import GREEDY_TOKENS, PROBE_TOKENS, PROMPT_TOKENS, Request, Weights
-from tuoling.weights.parity_sides import STREAMED, EngineSide, FolderSide, Side, read_config
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.parity_sides import (
+    STREAMED,
+    EngineSide,
+    FolderSide,
+    Side,
+    build,
+    can_merge,
+    open_side,
+    read_config,
+)
+from tuoling.weights.streamed import CannotStream
 
 if TYPE_CHECKING:
     from tuoling.text.tokenizer import TextTokenizer
@@ -61,10 +70,12 @@ class Comparison:
         self._columns = dict(zip(("before", "after"), shared_columns(request.vocabulary), strict=True))
         self._of = {"before": request.before, "after": request.after}
         self._tokenizer, self._tokenizer_columns, self._rows = self._tokenise()
+        self._import_libraries()
         self._meter = MemoryMeter()
 
     def measure(self) -> dict[str, Any]:
-        """The figures of `Parity`, without the verdict, and what the verdict needs: exact, layers, stored_as."""
+        """The figures of `Parity`, without the verdict, and what the verdict needs: route, layers, stored_as."""
+        self._require_vocabularies()
         words_NT = padded(self._rows)
         prompts_NG = words_NT[:, : min(PROMPT_TOKENS, *map(len, self._rows))]
         found: dict[str, Any] = {}
@@ -74,9 +85,9 @@ class Comparison:
         found["perplexity_before"] = self._perplexity(before_NTV, "before")
         shared = self._shared(before_NTV)
         how = {"before": side.how}
-        rounded = self._rounded()
-        if rounded:
-            side = self._side("before", rounded)
+        rounded, merge = self._rounded(), self._merges()
+        if how["before"] == STREAMED and (rounded or merge):
+            side = self._side("before", rounded, merge=merge)
             reference_NTV = side.logits(words_NT)
             loss = self._differences(before_NTV, reference_NTV, shared)
             found["rounding_difference"] = loss["max_logit_difference"]
@@ -91,33 +102,59 @@ class Comparison:
         del before_NTV, after_NTV
         found |= self._greedy(side, prompts_NG, continued_NC, shared)
         how["after"] = side.how
+        merged = "rounding_difference" in found and merge
         adapted = any(isinstance(of, Weights) and of.adapters for of in self._of.values())
-        found |= {"columns": shared, "streamed": how, "layers": self._layers(), "stored_as": self._stored_as()}
-        found["exact"] = set(how.values()) == {STREAMED} and not adapted
+        found |= {
+            "columns": shared,
+            "streamed": how,
+            "layers": self._layers(),
+            "stored_as": self._stored_as(),
+        }
+        streamed = set(how.values()) == {STREAMED}
+        found["route"] = "other"
+        if streamed and (merged or not adapted):
+            found["route"] = "merged" if merged else "same"
         return found | self._meter.peaks()
+
+    def _import_libraries(self) -> None:
+        """Build a model without weights once, so that what transformers imports on the way is not measured."""
+        for of in self._of.values():
+            if isinstance(of, Weights):
+                with contextlib.suppress(CannotStream):
+                    build(of)
 
     def _tick(self) -> None:
         self._passes += 1
         self._say({"pass": self._passes})
 
-    def _side(self, name: str, rounded: Mapping[str, torch.dtype] | None = None) -> Side:
+    def _side(
+        self, name: str, rounded: Mapping[str, torch.dtype] | None = None, *, merge: bool = False
+    ) -> Side:
         of, columns = self._of[name], self._columns[name]
         if not isinstance(of, Weights):
             return EngineSide(of, columns, tick=self._tick)
-        return FolderSide(of, columns, rounded or {}, tick=self._tick, before_drop=self._meter.sample)
+        sample = self._meter.sample
+        return FolderSide(of, columns, rounded or {}, merge=merge, tick=self._tick, before_drop=sample)
 
-    def _tokenise(self) -> tuple[TextTokenizer, torch.Tensor | None, list[list[int]]]:
-        """The tokenizer of the side whose words are all shared, its columns, and the probes in shared words."""
+    def _tokenise(self) -> tuple[TextTokenizer | None, torch.Tensor | None, list[list[int]]]:
+        """The tokenizer of the side whose words are all shared (if any), its columns, the probes in shared words."""
         from tuoling.models.load import load_tokenizer
         from tuoling.text.render import Segment
 
         pruned = self._request.vocabulary is not None and min(self._request.vocabulary) >= 0
         order = ("after", "before") if pruned else ("before", "after")
         name, of = next((name, of) for name in order if isinstance(of := self._of[name], Weights))
-        tokenizer = load_tokenizer(of.described_by or of.folder, for_training=False)
+        words, columns = words_of(of), self._columns[name]
+        try:
+            tokenizer = load_tokenizer(of.described_by or of.folder, for_training=False)
+        except ModelError:  # Meta's folders may come without one; any ids will do to compare
+            shared = words if columns is None else len(columns)
+            texts = [text[:PROBE_TOKENS] for text in self._request.probes]
+            return None, None, [[ord(letter) % shared for letter in text] for text in texts]
         segments = [[Segment("", False, "start"), Segment(text, False)] for text in self._request.probes]
         rows = [ids[:PROBE_TOKENS] for ids, _ in tokenizer.encode_batch(segments)]
-        columns = self._columns[name]
+        if columns is None:
+            rows = [[token for token in ids if token < words] for ids in rows]
         if columns is not None:
             place = {token: word for word, token in enumerate(columns.tolist())}
             rows = [[place[token] for token in ids if token in place] for ids in rows]
@@ -132,14 +169,22 @@ class Comparison:
         columns = self._columns["before"]
         return logits_NTV.shape[-1] if columns is None else len(columns)
 
+    def _require_vocabularies(self) -> None:
+        """Both sides have the words that they are compared on, as far as their configs say."""
+        before, after = self._of["before"], self._of["after"]
+        vocabulary = self._request.vocabulary
+        if isinstance(after, Weights):
+            wanted = None if vocabulary is None else len(vocabulary)
+            if vocabulary is None and isinstance(before, Weights) and not before.adapters:
+                wanted = words_of(before)
+            if wanted not in (None, words_of(after)):
+                raise _other_words(words_of(after), wanted)
+
     def _require_same_words(self, before_NTV: torch.Tensor, after_NTV: torch.Tensor) -> None:
         vocabulary = self._request.vocabulary
         wanted = before_NTV.shape[-1] if vocabulary is None else len(vocabulary)
         if after_NTV.shape[-1] != wanted:
-            got = after_NTV.shape[-1]
-            raise ModelError(
-                tr(f"{got} words after, {wanted} expected", f"转换后词表有 {got} 个词，应为 {wanted} 个")
-            )
+            raise _other_words(after_NTV.shape[-1], wanted)
 
     def _perplexity(self, logits_NTV: torch.Tensor, name: str) -> float:
         """Over every token of the probes but the first, on all words of the side."""
@@ -183,27 +228,35 @@ class Comparison:
         own_NC = continued_NC
         if not torch.equal(best_NC, continued_NC):
             own_NC = side.greedy(prompts_NG, continued_NC.shape[1], shared)
-        columns = self._tokenizer_columns
-        texts = [
-            [self._tokenizer.decode((row if columns is None else columns[row]).tolist()) for row in words]
-            for words in (prompts_NG, continued_NC, own_NC)
-        ]
+        texts = [[self._text(row) for row in words] for words in (prompts_NG, continued_NC, own_NC)]
         names = ("prompt", "before", "after")
         return {
             "greedy_equal": torch.equal(own_NC, continued_NC),
             "greedy": [dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True)],
         }
 
+    def _text(self, words: torch.Tensor) -> str:
+        columns = self._tokenizer_columns
+        ids: list[int] = (words if columns is None else columns[words]).tolist()
+        return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
+
+    def _merges(self) -> bool:
+        """Whether adapters before have become part of the weights after."""
+        before, after = self._of["before"], self._of["after"]
+        if not (self._request.lossless and isinstance(before, Weights) and isinstance(after, Weights)):
+            return False
+        return not after.adapters and can_merge(before)
+
     def _rounded(self) -> dict[str, torch.dtype]:
         """For a lossless step into a narrower type: what each tensor before is rounded to."""
         before, after = self._of["before"], self._of["after"]
         if not (self._request.lossless and isinstance(before, Weights) and isinstance(after, Weights)):
             return {}
-        usual, kinds = self._stored_as(), open_weights(after.folder).infos
-        if before.adapters or usual is None:
+        usual, kinds = self._stored_as(), open_side(after.folder).infos
+        if usual is None or (before.adapters and not self._merges()):
             return {}
         rounded = {}
-        for name, info in open_weights(before.folder).infos.items():
+        for name, info in open_side(before.folder).infos.items():
             to = kinds[name].dtype if name in kinds else getattr(torch, usual)
             if info.dtype.is_floating_point and to.is_floating_point and narrower(to, info.dtype):
                 rounded[name] = to
@@ -215,7 +268,7 @@ class Comparison:
         if not isinstance(after, Weights):
             return None
         sizes: Counter[torch.dtype] = Counter()
-        for info in open_weights(after.folder).infos.values():
+        for info in open_side(after.folder).infos.values():
             sizes[info.dtype] += info.size_bytes
         return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
@@ -223,6 +276,18 @@ class Comparison:
         of = next(of for of in self._of.values() if isinstance(of, Weights))
         found: int = read_config(of).get_text_config().num_hidden_layers
         return found
+
+
+def words_of(weights: Weights) -> int:
+    """Rows of the vocabulary, by the config."""
+    found: int = read_config(weights).get_text_config().vocab_size
+    return found
+
+
+def _other_words(got: int, wanted: int | None) -> ModelError:
+    return ModelError(
+        tr(f"{got} words after, {wanted} expected", f"转换后词表有 {got} 个词，应为 {wanted} 个")
+    )
 
 
 def shared_columns(vocabulary: Sequence[int] | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

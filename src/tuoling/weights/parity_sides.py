@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from tuoling.errors import ModelError
 from tuoling.language import tr
-from tuoling.models.adapters import attach_adapter, read_adapter_tensors
+from tuoling.models.adapter_reading import read_adapter
+from tuoling.models.adapters import wrap
 from tuoling.weights.parity import LogitsModel, Weights
 from tuoling.weights.streamed import CannotStream, StreamedModel, column_order
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.tensors import TensorSource, open_weights
 
 STREAMED = "streamed"
+OUTSIDE = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_out")
+"""Modules outside the layers, by their last names."""
 
 
 class Side(Protocol):
@@ -41,20 +43,17 @@ class FolderSide:
         columns: torch.Tensor | None,
         rounded: Mapping[str, torch.dtype],
         *,
+        merge: bool = False,
         tick: Callable[[], None],
         before_drop: Callable[[], None],
     ) -> None:
+        """rounded, merge: see `StreamedModel`; not possible for a model that is loaded whole."""
         self._weights, self._columns, self._tick = weights, columns, tick
         self._whole: Any = None
         self.how = STREAMED
         try:
-            self._streamed = StreamedModel(
-                streamable_config(weights),
-                open_weights(weights.folder),
-                rounded=rounded,
-                columns=columns,
-                attach=lambda model: attach_adapters(model, weights),
-                before_drop=before_drop,
+            self._streamed = build(
+                weights, rounded=rounded, columns=columns, merge=merge, before_drop=before_drop
             )
         except CannotStream as error:
             self._load_whole(str(error))
@@ -122,6 +121,32 @@ class EngineSide:
         return words[:, words_NT.shape[1] :]
 
 
+def build(weights: Weights, **options: Any) -> StreamedModel:
+    """The model without its weights. options: as `StreamedModel` has them. Raises CannotStream."""
+    return StreamedModel(
+        streamable_config(weights),
+        open_side(weights.folder),
+        attach=lambda model: attach_adapters(model, weights),
+        **options,
+    )
+
+
+def open_side(path: Path) -> TensorSource:
+    """A folder's tensors, or a GGUF or old ggml file's, under Hugging Face's names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            from tuoling.weights.gguf_models import GgufModel
+
+            return GgufModel(path)
+        if magic == b"lmgg":
+            from tuoling.weights.old_ggml import OldGgmlModel
+
+            return OldGgmlModel(path)
+    return open_weights(path)
+
+
 def read_config(weights: Weights) -> Any:
     """The model's config."""
     from transformers import AutoConfig
@@ -141,23 +166,50 @@ def streamable_config(weights: Weights) -> Any:
 
 
 def attach_adapters(model: Any, weights: Weights) -> Any:
-    """The model with its adapters beside it, unmerged, each with its weight."""
-    from peft import PeftConfig, set_peft_model_state_dict
+    """The model with its adapters beside it, unmerged, each with its weight; the base may have no weights yet."""
+    from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
 
     names = [f"adapter_{number}" if number else "default" for number in range(len(weights.adapters))]
     for name, (folder, weight) in zip(names, weights.adapters, strict=True):
-        state = {key: tensor.float() for key, tensor in read_adapter_tensors(folder).items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on a model without weights the first has none to copy to
-            if name == "default":
-                model = attach_adapter(model, folder, trainable=False)
-            else:
-                model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
-            set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=True)
+        adapter = read_adapter(folder, lora_alpha=weights.lora_alpha)
+        if name == "default":
+            model = wrap(model, adapter)
+        else:
+            model.add_adapter(name, PeftConfig.from_peft_type(**adapter.config))
+        _fill(model, name, adapter.tensors)
         for module in model.modules():
             if isinstance(module, LoraLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     if len(names) > 1:
         model.base_model.set_adapter(names)
     return model
+
+
+def can_merge(weights: Weights) -> bool:
+    """Whether the adapters are plain LoRA inside the layers, which is added to one weight each."""
+    configs = [read_adapter(folder, lora_alpha=weights.lora_alpha).config for folder, _ in weights.adapters]
+    return bool(configs) and not any(
+        config.get("use_dora") or config.get("modules_to_save") or _outside(config) for config in configs
+    )
+
+
+def _outside(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter may touch the embeddings or the head."""
+    targets = config.get("target_modules") or ()
+    names = [targets] if isinstance(targets, str) else targets
+    return any(name.endswith(OUTSIDE) or name.startswith("all") for name in names)
+
+
+def _fill(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter's layers their tensors. PEFT itself would move them to where their base is: to no memory."""
+    state = {}
+    for name, _ in model.named_parameters():
+        plain = name.replace(f".modules_to_save.{adapter_name}.", ".")
+        plain = plain.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}")
+        key = next((key for key in (plain, plain.removesuffix(".weight")) if key in tensors), None)
+        if key is not None and plain != name:
+            state[name] = tensors[key].float()
+    if len(state) != len(tensors):
+        raise CannotStream(tr("its adapter has tensors of another kind", "其适配器含有其他类型的张量"))
+    model.load_state_dict(state, strict=False, assign=True)

@@ -7,6 +7,7 @@ head is multiplied in pieces. All arithmetic is float32, whatever the files hold
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,11 +41,13 @@ class StreamedModel:
         rounded: Mapping[str, torch.dtype] | None = None,
         columns: torch.Tensor | None = None,
         attach: Callable[[Any], Any] = lambda model: model,
+        merge: bool = False,
         before_drop: Callable[[], None] = lambda: None,
     ) -> None:
         """rounded: types to round tensors to after reading, by their name in the files.
         columns: ids of words whose logits come first, in this order; the other words follow.
         attach: puts adapters on the model, which has no weights yet.
+        merge: add the adapters to their base weights, in float32 before rounding, instead of running beside them.
         before_drop: called when a layer has run and still holds its weights.
         Raises CannotStream, before anything large is read.
         """
@@ -56,7 +59,10 @@ class StreamedModel:
         # by the parameter itself: adapters move modules to other names, and tied weights have several
         self._names = _names_in_files(model, source)
         self.model = attach(model).eval()
+        self._merge = merge
         self._hook()
+        if merge:
+            self.model.base_model.disable_adapter_layers()
 
     def forward(self, ids_NT: torch.Tensor, past: Any = None, *, use_cache: bool = False) -> Any:
         """transformers' own output: `logits` [N, T, V] in the order of `columns`, and `past_key_values`."""
@@ -76,6 +82,10 @@ class StreamedModel:
             }
             if not own:
                 continue
+            if any(id(parameter) not in self._names for parameter in own.values()):
+                raise CannotStream(
+                    tr("its adapter changes the size of the vocabulary", "其适配器改变了词表大小")
+                )
             if module is head and isinstance(head, nn.Linear):
                 self._run_in_pieces(head, own)
             elif module is embedding and isinstance(embedding, nn.Embedding):
@@ -83,7 +93,12 @@ class StreamedModel:
             else:
                 self._read_when_called(module, own)
 
-    def _read(self, parameter: nn.Parameter, rows: torch.Tensor | slice | None = None) -> torch.Tensor:
+    def _read(
+        self,
+        parameter: nn.Parameter,
+        rows: torch.Tensor | slice | None = None,
+        delta: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         name = self._names[id(parameter)]
         tensor = self._source.read(name)
         if tensor.shape != parameter.shape:
@@ -96,16 +111,20 @@ class StreamedModel:
             )
         if rows is not None:
             tensor = tensor[rows]
-        return tensor.to(self._rounded.get(name, tensor.dtype)).to(torch.float32)
+        rounded = self._rounded.get(name, tensor.dtype)
+        if delta is not None:
+            tensor = tensor.to(torch.float32) + delta()
+        return tensor.to(rounded).to(torch.float32)
 
-    def _read_when_called(
-        self, module: nn.Module, own: Mapping[tuple[nn.Module, str], nn.Parameter]
-    ) -> None:
+    def _read_when_called(self, module: nn.Module, own: Mapping[tuple[nn.Module, str], nn.Parameter]) -> None:
+        deltas = _deltas(module) if self._merge else {}
+
         def load(*_: Any) -> None:
             read: dict[int, nn.Parameter] = {}
             for (owner, name), parameter in own.items():
                 if id(parameter) not in read:
-                    read[id(parameter)] = nn.Parameter(self._read(parameter), requires_grad=False)
+                    values = self._read(parameter, delta=deltas.get((owner, name)))
+                    read[id(parameter)] = nn.Parameter(values, requires_grad=False)
                 owner._parameters[name] = read[id(parameter)]
 
         def drop(*_: Any) -> None:
@@ -120,7 +139,9 @@ class StreamedModel:
         """Only the rows of the words that occur are read, and the ids are their places among those rows."""
         whole = embedding._parameters["weight"]
         assert whole is not None
-        embedding.padding_idx = None  # says where no gradient goes, and is checked against the rows that are there
+        embedding.padding_idx = (
+            None  # says where no gradient goes, and is checked against the rows that are there
+        )
 
         def load(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             words, places = torch.unique(inputs[0], return_inverse=True)
@@ -140,7 +161,7 @@ class StreamedModel:
 
         def forward(_: nn.Module, hidden_NTD: torch.Tensor) -> torch.Tensor:
             logits_NTV = hidden_NTD.new_empty(*hidden_NTD.shape[:-1], len(order))
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 rows = order[start:end] if self._columns is not None else slice(start, end)
                 added = None if bias is None else self._read(bias, rows)
                 logits_NTV[..., start:end] = nn.functional.linear(hidden_NTD, self._read(weight, rows), added)
@@ -209,6 +230,22 @@ def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     yield model, False
     for child in model.children():
         yield from _parts(child)
+
+
+def _deltas(module: nn.Module) -> dict[tuple[nn.Module, str], Callable[[], torch.Tensor]]:
+    """What the adapters inside a part add to each of its weights."""
+    from peft.tuners.lora import Linear
+
+    found: dict[tuple[nn.Module, str], Callable[[], torch.Tensor]] = {}
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+
+            def delta(layer: Any = layer) -> torch.Tensor:
+                total: torch.Tensor = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                return total
+
+            found[layer.get_base_layer(), "weight"] = delta
+    return found
 
 
 def _plain(module: Any) -> Any:
