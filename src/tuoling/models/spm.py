@@ -15,6 +15,7 @@ from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.decoders import Decoder
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """Piece types of sentencepiece's ModelProto."""
@@ -34,7 +35,7 @@ def bpe_from_pieces(
 
     charsmap: sentencepiece's precompiled normalisation table; empty for identity.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers import AddedToken, Tokenizer, normalizers
     from tokenizers.models import BPE
 
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -51,15 +52,20 @@ def bpe_from_pieces(
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
     steps += [normalizers.Prepend(SPACE)] if add_dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = _byte_decoder(add_dummy_prefix)
     special = [p for p, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     defined = [p for p, kind in zip(pieces, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
     return tokenizer
+
+
+def _byte_decoder(dummy: bool) -> Decoder:
+    """Pieces to text where single bytes may stand among them."""
+    from tokenizers import decoders
+
+    strip = [decoders.Strip(" ", 1, 0)] if dummy else []
+    return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def _merges(vocab: dict[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
@@ -126,7 +132,8 @@ def _unigram(
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(" {2,}"), " ")])
     scheme = "always" if dummy else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
-    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    plain = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    tokenizer.decoder = _byte_decoder(dummy) if BYTE in types else plain
     special = [p for p, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
     return tokenizer

@@ -1,0 +1,67 @@
+"""tuoling grow-vocab"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuoling.language import tr
+
+HELP = tr(
+    """Give a LLaMA-like model more words: merge a sentencepiece vocabulary into its own.
+
+    A new row is the mean of the rows that the word was written with, in the head too. What the model computed before
+    stays as it was, and this is proven before OUT appears. Train afterwards: new rows know little.""",
+    """给 LLaMA 一类的模型扩充词表：并入另一个 sentencepiece 词表。
+
+    新词的向量取原先拼写它的各词片向量的平均，输出层相同。原有的计算结果不变，验证通过后才写出。扩充后需要再训练。""",
+)
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=tr("folder or hub id", "目录或模型库编号"))],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=tr("must not exist yet", "不能已经存在"))],
+    tokenizer: Annotated[
+        Path,
+        typer.Option(
+            "--tokenizer", help=tr("sentencepiece file with the new words", "含新词的 sentencepiece 文件")
+        ),
+    ],
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rows", help=tr("rows to count tokens on, before and after", "用来比较前后词元数的数据")
+        ),
+    ] = None,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify", help=tr("do not compare the models; recorded", "不比较两个模型；会留下记录")
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))
+    ] = False,
+) -> None:
+    from tuoling import console
+    from tuoling.weights.grow import grow_vocab
+
+    report = grow_vocab(model, out, tokenizer, rows=rows or [], verify=not no_verify, allow_nan=allow_nan)
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False))  # noqa: T201
+        return
+    console.out.print(
+        tr(
+            f"{report.out}: {report.rows_before:,} → {report.rows_after:,} words; "
+            f"the measured text has {report.tokens_before:,} → {report.tokens_after:,} tokens",
+            f"{report.out}：词表 {report.rows_before:,} → {report.rows_after:,}；"
+            f"所测文本的词元数 {report.tokens_before:,} → {report.tokens_after:,}",
+        ),
+        markup=False,
+    )
