@@ -261,6 +261,17 @@ def test_the_list_that_diff_writes_is_the_one_that_patch_checks(
     assert digests[key.name] in str(report.base_checked_by)  # type: ignore[attr-defined]
 
 
+def test_a_result_with_the_name_of_the_base(tmp_path: Path, key: Path) -> None:
+    """A fine-tuned consolidated.00.pth: the list speaks of the result, not of the base."""
+    (tmp_path / "tuned").mkdir()
+    tuned = tmp_path / "tuned" / key.name
+    tuned.write_bytes(noise(500, 9))
+    diff(key, tuned, tmp_path / "enc", checksums_out=tmp_path / "md5.txt")
+    lists = read_checksums(tmp_path / "md5.txt")
+    patch(key, tmp_path / "enc", tmp_path / "out", lists=lists)
+    assert (tmp_path / "out" / key.name).read_bytes() == tuned.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("stage", "said"), [("consolidated.00.pth", "not the base"), ("one", "the result"), ("one.*", "the diff")]
 )

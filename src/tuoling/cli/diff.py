@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 HELP = tr(
     """Write what turns BASE into TARGET, to publish a model without its base. `tuoling patch` applies it.
 
-    xor: the .enc files of point-alpaca and BELLE; BASE is one file, Meta's consolidated.00.pth.""",
+    tuoling: one safetensors file, exact and small, with hashes of base, diff and result.
+    xor: the .enc files of point-alpaca and BELLE; BASE is one file, Meta's consolidated.00.pth.
+    additive: a folder of differences in float32, as Stanford's weight_diff.py makes and reads them.""",
     """写出把 BASE 变为 TARGET 的差分，用于在不公开基础模型的情况下发布模型。用 tuoling patch 还原。
 
-    xor：point-alpaca 与 BELLE 的 .enc 文件；BASE 是一个文件，即 Meta 的 consolidated.00.pth。""",
+    tuoling：一个 safetensors 文件，精确且小，记有基础模型、差分和结果的哈希。
+    xor：point-alpaca 与 BELLE 的 .enc 文件；BASE 是一个文件，即 Meta 的 consolidated.00.pth。
+    additive：存放 float32 差值的目录，与斯坦福的 weight_diff.py 互通。""",
 )
 
 Base = Annotated[
@@ -64,7 +68,12 @@ def command(
     out: Out,
     format: Annotated[
         str | None,
-        typer.Option("--format", help=tr("xor", "xor")),
+        typer.Option(
+            "--format",
+            help=tr(
+                "tuoling, xor or additive (default: what fits)", "tuoling、xor 或 additive（默认按情况选择）"
+            ),
+        ),
     ] = None,
     checksums: Annotated[
         Path | None,

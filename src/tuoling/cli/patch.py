@@ -38,6 +38,16 @@ def command(
     ] = None,
     base_hash: BaseHash = None,
     no_base_check: NoBaseCheck = False,
+    expected_sum: Annotated[
+        float | None,
+        typer.Option(
+            "--sum",
+            help=tr(
+                "what all weights of an additive diff's result add up to, as published",
+                "加法差分还原后全部权重之和的公布值",
+            ),
+        ),
+    ] = None,
     workers: Workers = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -53,5 +63,6 @@ def command(
         lists=read_checksums(checksums) if checksums else None,
         base_hash=parse_digest(base_hash, "--base-hash") if base_hash else None,
         check_base=not no_base_check,
+        expected_sum=expected_sum,
     )
     show(apply_diff(base, diff, out, options), as_json=as_json)

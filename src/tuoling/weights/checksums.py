@@ -86,6 +86,37 @@ def write_checksums(path: Path, digests: Mapping[str, str]) -> None:
         file.writelines(f"{digest}  ./{name}\n" for name, digest in digests.items())
 
 
+def digest_of(path: Path, algorithm: str) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def write_md5_of(path: Path, files: Mapping[str, Path]) -> None:
+    """Write the MD5 of files, each by the name it has in the list."""
+    write_checksums(path, {name: digest_of(file, "md5") for name, file in files.items()})
+
+
+def require_listed_files(files: Mapping[str, Path], lists: Checksums | None, what: str) -> None:
+    """Compare files with a list, as far as it names them. Raises ModelError on another checksum."""
+    for name, file in files.items():
+        expected = lists.expected(name) if lists else None
+        if lists is None or expected is None:
+            continue
+        got = digest_of(file, algorithm_of(expected))
+        if got != expected:
+            raise other_checksum(file, what, got, f"{lists.path}: {expected}")
+
+
+def other_checksum(path: Path, what: str, got: str, said: str) -> ModelError:
+    """What is told of a file that a list says something else of."""
+    return ModelError(
+        tr(f"{what} has the checksum {got}, not {said}", f"{what}的校验和为 {got}，应为 {said}"),
+        where=str(path),
+        remedy=tr("fetch the file again", "请重新下载该文件"),
+    )
+
+
 def file_digest(path: Path, algorithm: str) -> str:
     """Hex digest of a file, remembered as long as its path, size and time of change stay the same."""
     path = path.resolve()
@@ -97,8 +128,7 @@ def file_digest(path: Path, algorithm: str) -> str:
     if any(known.get(key) != value for key, value in stamp.items()):
         known = dict(stamp)
     if algorithm not in known:
-        with path.open("rb") as file:
-            known[algorithm] = hashlib.file_digest(file, algorithm).hexdigest()
+        known[algorithm] = digest_of(path, algorithm)
         write_json(remembered, known)
     return str(known[algorithm])
 

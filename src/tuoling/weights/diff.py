@@ -12,7 +12,15 @@ from tuoling.language import tr
 from tuoling.weights.diff_options import DiffOptions, DiffReport
 
 KINDS = {
+    "tuoling": (
+        "tuoling.weights.tensor_diff_files:make_tensor_diff",
+        "tuoling.weights.tensor_diff_files:apply_tensor_diff",
+    ),
     "xor": ("tuoling.weights.xor_folder:make_xor_diff", "tuoling.weights.xor_folder:apply_xor_diff"),
+    "additive": (
+        "tuoling.weights.additive:make_additive_diff",
+        "tuoling.weights.additive:apply_additive_diff",
+    ),
 }
 """Kind → who makes it and who applies it, as "module:function", imported when it is asked for."""
 
@@ -47,19 +55,34 @@ def require_there(*paths: Path) -> None:
 
 
 def usual_kind(base: Path, target: Path) -> str:
-    """XOR."""
-    return "xor"
+    """Our own where both have tensors, XOR against Meta's files and whatever else is only bytes."""
+    meta = (base / "consolidated.00.pth").is_file() or (base.is_file() and base.suffix != ".safetensors")
+    tensors = any(target.glob("*.safetensors")) if target.is_dir() else target.suffix == ".safetensors"
+    return "tuoling" if tensors and not meta else "xor"
 
 
 def recognise(diff: Path) -> str:
     """Which kind of diff lies there. Raises ModelError where it is none."""
-    if diff.name.endswith(".enc") or (diff.is_dir() and any(diff.rglob("*.enc"))):
+    from tuoling.weights.tensor_diff import is_tensor_diff
+
+    if diff.name.endswith(".enc"):
         return "xor"
+    if not diff.is_dir():
+        if is_tensor_diff(diff):
+            return "tuoling"
+    elif any(diff.rglob("*.enc")):
+        return "xor"
+    elif any(is_tensor_diff(file) for file in diff.glob("*.safetensors")):
+        return "tuoling"
+    elif (diff / "config.json").is_file() and any(
+        file.suffix in (".safetensors", ".bin") for file in diff.iterdir()
+    ):
+        return "additive"
     raise ModelError(
         tr("this is no diff that is known", "不是已知的差分"),
         where=str(diff),
         remedy=tr(
-            "known: .enc files (point-alpaca, BELLE)",
-            "已知：.enc 文件（point-alpaca、BELLE）",
+            "known: .enc files (point-alpaca, BELLE), a model folder with differences (Stanford), our own",
+            "已知：.enc 文件（point-alpaca、BELLE）、存放差值的模型目录（斯坦福）、驼铃自己的格式",
         ),
     )

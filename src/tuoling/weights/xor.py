@@ -23,7 +23,7 @@ import numpy as np
 
 from tuoling.errors import ModelError
 from tuoling.language import tr
-from tuoling.weights.checksums import Checksums, algorithm_of
+from tuoling.weights.checksums import Checksums, algorithm_of, other_checksum
 from tuoling.weights.diff_options import MadeFile
 from tuoling.weights.workers import Digests, Hash, Workers
 
@@ -205,15 +205,7 @@ class Expected:
         """Raise ModelError where the list says otherwise."""
         for one in self.hashes:
             if one.hexdigest() != self._digest:
-                got = one.hexdigest()
-                raise ModelError(
-                    tr(
-                        f"{what} has the checksum {got}; {self._said_by} says {self._digest}",
-                        f"{what}的校验和为 {got}，而 {self._said_by} 给出 {self._digest}",
-                    ),
-                    where=str(path),
-                    remedy=tr("fetch the file again", "请重新下载该文件"),
-                )
+                raise other_checksum(path, what, one.hexdigest(), f"{self._said_by}: {self._digest}")
 
 
 def require_header(path: Path, header: bytes) -> None:

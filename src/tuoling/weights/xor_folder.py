@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from tuoling import console
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import atomic_files, refuse_existing
 from tuoling.language import tr
-from tuoling.weights.checksums import Checksums, check_base, file_digest, write_checksums
+from tuoling.weights.checksums import Checksums, check_base, digest_of, file_digest, write_checksums
 from tuoling.weights.diff_options import DiffOptions, DiffReport, MadeFile
 from tuoling.weights.workers import workers
 from tuoling.weights.xor import (
@@ -53,7 +52,7 @@ def make_xor_diff(
         report.base_checked_by = check_base(base, options.base_hash, None)
     digests: dict[str, str] = {}
     with atomic_files(folder, replace=options.replace) as staging:
-        require_space(staging, items)
+        require_space(staging, sum(item.size_bytes for item in items))
         report.files = run(partial(encrypt_file, staging=staging), items, base, options, block_bytes)
         if options.checksums_out is not None:
             digests = stage_digests(base, items, report.files, staging, options.workers)
@@ -97,9 +96,10 @@ def apply_xor_diff(
         refuse_existing(folder / (item.output_name or item.plain_name) for item in items)
     report = DiffReport("xor", out, base, left_out=left_out)
     if options.check_base:
-        report.base_checked_by = check_base(base, options.base_hash, options.lists)
+        ambiguous = any(item.plain_name == base.name for item in items)  # the list speaks of the result then
+        report.base_checked_by = check_base(base, options.base_hash, None if ambiguous else options.lists)
     with atomic_files(folder, replace=options.replace) as staging:
-        require_space(staging, items)
+        require_space(staging, sum(item.size_bytes for item in items))
         report.files = run(partial(decrypt_file, staging=staging), items, base, options, block_bytes)
     report.proof = tr("SHA-256 of every file", "每个文件的 SHA-256")
     return report
@@ -214,9 +214,9 @@ def require_listed(items: Sequence[XorFile], diff: Path, lists: Checksums | None
         )
 
 
-def require_space(folder: Path, items: Sequence[XorFile]) -> None:
+def require_space(folder: Path, need: int) -> None:
     """Raise OutputError now, and not after the half, where the disk has no room for the result."""
-    need, free = sum(item.size_bytes for item in items), shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if need > free:
         raise OutputError(
             tr(
@@ -234,11 +234,5 @@ def stage_digests(
     """Name → MD5 of base, plain files and `.enc` files."""
     files = {item.plain_name: item.source for item in items} | {one.name: staging / one.name for one in made}
     with workers(count) as threads:
-        digests = threads.each(md5_file, files.values())
+        digests = threads.each(partial(digest_of, algorithm="md5"), files.values())
     return {base.name: file_digest(base, "md5"), **dict(zip(files, digests, strict=True))}
-
-
-def md5_file(path: Path) -> str:
-    """Hex MD5 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
