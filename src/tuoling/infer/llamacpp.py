@@ -31,6 +31,7 @@ _NO_LAYER, _ALL_LAYERS = 0, 1 << 10
 _F32, _F16 = 0, 1
 _FLASH_OFF, _FLASH_AUTO = 0, -1
 _errors: deque[str] = deque(maxlen=8)
+_kept_alive: list[Any] = []
 
 
 @functools.cache
@@ -58,7 +59,7 @@ def llama_library() -> Any:
             _errors.append(text.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-    llama_cpp.tuoling_log_callback = keep  # C holds no reference of its own
+    _kept_alive.append(keep)  # C holds no reference of its own
     return llama_cpp
 
 

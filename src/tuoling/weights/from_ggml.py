@@ -27,7 +27,7 @@ from tuoling.weights.gguf_models import GgufModel
 from tuoling.weights.gguf_reading import PLAIN
 from tuoling.weights.meta_tokenizer import write_tokenizer
 from tuoling.weights.old_ggml import OldGgmlModel, sentencepiece_beside
-from tuoling.weights.rewrite import cast, number_type, shard_size_bytes, with_dtype
+from tuoling.weights.rewrite import cast, number_type, with_dtype
 from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource
 
 BLOCKS_AS = torch.float16
@@ -86,7 +86,7 @@ def _write(
     infos = {name: TensorInfo(dtype, info.shape) for name, info in model.infos.items()}
     size = sum(info.size_bytes for info in infos.values())
     write_json(folder / "config.json", with_dtype(config, dtype))
-    with SafetensorsWriter(folder, infos, shard_size_bytes(size, options.shards)) as writer:
+    with SafetensorsWriter(folder, infos, shards=options.shards) as writer:
         for name in infos:
             tensor = cast(name, model.read(name), dtype, allow_nan=options.allow_nan, where=source)
             writer.write(name, tensor.contiguous())

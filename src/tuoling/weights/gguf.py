@@ -138,7 +138,9 @@ def write_model(
 def _lossless(weights: TensorSource) -> str:
     """The smallest type that holds every weight as it is."""
     kinds = {str(info.dtype).removeprefix("torch.") for info in weights.infos.values() if len(info.shape) > 1}
-    return {("bfloat16",): "bf16", ("float16",): "f16"}.get(tuple(kinds), "f32")
+    return (
+        {"bfloat16": "bf16", "float16": "f16"}[kinds.pop()] if kinds in ({"bfloat16"}, {"float16"}) else "f32"
+    )
 
 
 def _write_own(

@@ -126,7 +126,7 @@ def _pad(file: IO[bytes], alignment: int) -> None:
 
 
 def _bytes(rows: torch.Tensor) -> memoryview:
-    return memoryview(rows.contiguous().view(torch.uint8).reshape(-1).numpy())
+    return rows.contiguous().view(torch.uint8).reshape(-1).numpy().data
 
 
 def _converted_rows(tensor: torch.Tensor, plan: TensorPlan, allow_nan: bool) -> Iterable[torch.Tensor]:

@@ -18,7 +18,7 @@ from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gptq_format import PARTS, QUANTIZE_CONFIG, QuantizedFormat, QuantizedWeights
 from tuoling.weights.gptq_old import OldLayer, Survey, Unpacked, layers_of, read_layer
 from tuoling.weights.gptq_packing import PackedLinear, pack_zeros, unpack
-from tuoling.weights.rewrite import cast, number_type, shard_size_bytes
+from tuoling.weights.rewrite import cast, number_type
 from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
 
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
@@ -59,7 +59,7 @@ def convert_old_gptq(source: Path, out: Path, options: ConvertOptions) -> Report
     infos = _infos(tensors, plain, layers, form, dtype)
     size = sum(info.size_bytes for info in infos.values())
     with atomic_folder(out) as folder:
-        with SafetensorsWriter(folder, infos, shard_size_bytes(size, options.shards)) as writer:
+        with SafetensorsWriter(folder, infos, shards=options.shards) as writer:
             for name in plain:
                 kept = cast(name, tensors.read(name), dtype, allow_nan=options.allow_nan, where=source)
                 writer.write(name, kept)

@@ -11,7 +11,7 @@ from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
 from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
-from tuoling.weights.rewrite import cast, number_type, shard_size_bytes
+from tuoling.weights.rewrite import cast, number_type
 from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_companions
 
 
@@ -34,7 +34,7 @@ def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
     }
     size = sum(info.size_bytes for info in infos.values())
     with atomic_folder(out) as folder:
-        with SafetensorsWriter(folder, infos, shard_size_bytes(size, options.shards)) as writer:
+        with SafetensorsWriter(folder, infos, shards=options.shards) as writer:
             for name in infos:
                 tensor = weights.read(name)
                 writer.write(name, cast(name, tensor, dtype, allow_nan=options.allow_nan, where=source))
