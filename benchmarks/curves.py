@@ -1,6 +1,6 @@
 """Loss of every step beside transformers' Trainer with PEFT: same model, rows, order, schedule and adapter.
 
-    python benchmarks/curves.py MODEL ROWS [--steps 200] [--batch 4] [--dtype fp32|bf16] [--write]
+    python benchmarks/curves.py MODEL ROWS [--steps 200] [--batch 4] [--dtype fp32|bf16] [--template alpaca] [--write]
 
 Runs `tuoling.train` and then Trainer over the same token ids, padded, in the same order, from the same adapter
 weights, without dropout. Prints the largest and the mean difference in nats; `--write` leaves curves.json and
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--template", default="alpaca")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
@@ -90,7 +91,7 @@ def main() -> None:
         "model_name_or_path": asked.model,
         "data": asked.rows,
         "output_dir": str(folder / "run"),
-        "template": "alpaca",
+        "template": asked.template,
         "overlong": "drop",
         "max_seq_len": 1024,
         "max_steps": asked.steps,
