@@ -22,14 +22,19 @@ from tuoling.kernels.quantized import multiplied_out
 from tuoling.language import tr
 
 
-def install(model: nn.Module, *, say: Callable[[str], None] = console.note) -> FastModel:
+def install(
+    model: nn.Module, *, say: Callable[[str], None] = console.note, called: nn.Module | None = None
+) -> FastModel:
     """Give `model` (a causal language model of transformers, or a PeftModel around one) the fast step.
 
     Each fast path is tried on the model itself first; one that is not exact is left out, with the reason in
     `FastModel.reasons` and through `say`. The model is the same for everybody else: generation and ordinary
     forwards give what they gave. ModelError: it cannot be trained as a causal language model at all.
+    called: what stands around the model and is called in its place, where it holds only parts of its weights.
     """
     fast = FastModel(model, say=say)
+    if called is not None:
+        fast.model = called
     try:
         fast.examine()
     except BaseException:
