@@ -282,6 +282,24 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Compute activations twice to save memory.",
                 "用重复计算换显存（内存）。",
             ),
+            "parallel": (
+                "How several processes (`--nproc 2`, torchrun, SLURM) share the run. `ddp`: each holds the whole model. "
+                "`fsdp` (FSDP2) and `zero3`: weights, gradients and optimizer are cut into parts; `zero2`: gradients and "
+                "optimizer are; `..._offload`: the optimizer (zero3: and the weights) wait in the machine's memory. The "
+                "`zero` ones need DeepSpeed (extra `dist`). Unset: `ddp`.",
+                "多个进程（`--nproc 2`、torchrun、SLURM）如何分担训练。`ddp`：每个进程都有完整模型；`fsdp`（FSDP2）和 "
+                "`zero3`：权重、梯度和优化器都切分；`zero2`：切分梯度和优化器；`…_offload`：优化器（zero3 还有权重）放在内存里。"
+                "`zero…` 需要 DeepSpeed（附加包 `dist`）。不写则为 `ddp`。",
+            ),
+            "deepspeed": (
+                "A DeepSpeed config of your own (JSON), in place of `parallel`; `auto` values are filled in, batch sizes, "
+                "precision, optimizer and schedule stay those of this config.",
+                "你自己的 DeepSpeed 配置（JSON），代替 `parallel`；`auto` 会自动填好，批大小、精度、优化器和学习率计划以本配置为准。",
+            ),
+            "timeout_s": (
+                "Seconds a process waits for the others; then the run ends and says which one did not answer.",
+                "一个进程最多等待其他进程多少秒；超过后训练结束，并说明是哪个进程没有响应。",
+            ),
             "ignore_memory_plan": (
                 "Begin even where the plan needs more than 1.5 times the free memory; otherwise that is refused.",
                 "即使计划所需内存超过可用内存的 1.5 倍也照样开始；默认会拒绝。",

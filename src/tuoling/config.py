@@ -33,7 +33,7 @@ EXCLUSIVE = (
 )
 """Keys that say one thing in several ways: a later layer that uses one sets the earlier layers' others aside."""
 
-PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "data", "eval_data", "dataset_dir")
+PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "data", "eval_data", "dataset_dir", "deepspeed")
 
 
 @dataclass(frozen=True)

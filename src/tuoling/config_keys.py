@@ -166,6 +166,12 @@ class RunConfig(BaseModel):
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp", "zero2", "zero3", "zero2_offload", "zero3_offload"] | None = None
+    """How several processes share a run (`--nproc`, torchrun); None: ddp."""
+    deepspeed: str | None = None
+    """A DeepSpeed config of the user's own, JSON."""
+    timeout_s: Annotated[Whole, Field(gt=0)] = 1800
+    """How long a process waits for the others before the run ends."""
     ignore_memory_plan: bool = False
     """Begin even where the plan says that the run needs more than 1.5 times the free memory."""
 
@@ -337,11 +343,50 @@ def cross_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | No
                 f"finetuning_type=lora 在 {bits} 位基座上训练适配器；quantization_bit=0 训练全部权重",
             ),
         )
+    yield from _parallel_issues(values)
     if values.get("dataset") and values.get("data"):
         yield (
             "dataset",
             tr("data (files) and dataset (names) are both given", "data（文件）和 dataset（名称）同时给出了"),
             tr("keep one of the two", "保留其中一个"),
+        )
+
+
+def _parallel_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """What cannot be cut into parts over processes."""
+    parallel, file = values.get("parallel"), values.get("deepspeed")
+    if file and parallel:
+        yield (
+            "deepspeed",
+            tr(
+                f"parallel={parallel} and deepspeed={file} are both given",
+                f"parallel={parallel} 和 deepspeed={file} 同时给出了",
+            ),
+            tr("keep one of the two", "保留其中一个"),
+        )
+    name = f"deepspeed={file}" if file else f"parallel={parallel}"
+    if parallel in (None, "ddp") and not file:
+        return
+    if values.get("quantization_bit"):
+        yield (
+            "quantization_bit",
+            tr(
+                f"quantization_bit={values['quantization_bit']} with {name}: quantised weights cannot be cut into parts",
+                f"quantization_bit={values['quantization_bit']} 与 {name} 冲突：量化后的权重不能切分",
+            ),
+            tr(
+                "parallel=ddp keeps a quantised base whole in each process; quantization_bit=0 cuts it unquantised",
+                "parallel=ddp 让每个进程各有一份完整的量化基座；quantization_bit=0 则不量化、可切分",
+            ),
+        )
+    if values.get("optim") == "muon":
+        yield (
+            "optim",
+            tr(
+                f"optim=muon with {name}: Muon needs whole matrices",
+                f"optim=muon 与 {name} 冲突：Muon 需要完整的矩阵",
+            ),
+            tr("optim=adamw, or parallel=ddp", "改用 optim=adamw，或 parallel=ddp"),
         )
 
 

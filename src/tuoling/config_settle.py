@@ -12,6 +12,7 @@ from tuoling.config_keys import RunConfig
 from tuoling.foreign_keys import ALIASES, REFUSED
 from tuoling.language import tr
 
+PARALLEL = frozenset(("zero2", "zero3", "zero2_offload", "zero3_offload"))
 FIELDS = frozenset(RunConfig.model_fields)
 
 
@@ -128,6 +129,12 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
                 "constant_with_warmup 在这里就是 constant：预热由单独的键决定",
             )
         )
+    elif key == "deepspeed":
+        if value not in (None, False, ""):
+            done.put("parallel" if value in PARALLEL else key, value, where)
+    elif key == "fsdp":
+        if value not in (None, False, "", [], {}):
+            done.put("parallel", "fsdp", where)
     elif key == "use_muon":
         if value:
             done.put("optim", "muon", where)

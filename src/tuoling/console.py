@@ -43,6 +43,18 @@ def show_error(error: TuolingError) -> None:
 
 
 @contextmanager
+def silent(wanted: bool = True) -> Iterator[None]:
+    """Nothing is printed inside: of several processes that train together one speaks."""
+    before = out.quiet, err.quiet
+    if wanted:
+        out.quiet = err.quiet = True
+    try:
+        yield
+    finally:
+        out.quiet, err.quiet = before
+
+
+@contextmanager
 def progress(*, transient: bool = True) -> Iterator[Progress]:
     """A progress bar with rate and time left; silent where stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

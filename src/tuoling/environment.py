@@ -7,9 +7,11 @@ import locale
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +101,13 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_device(asked: str = "auto") -> str:
-    """`auto` → cuda, then mps, then cpu; anything else as it is. Raises UsageError where there is no such device."""
+    """`auto` → cuda, then mps, then cpu; anything else as it is. Raises UsageError where there is no such device.
+
+    Of several processes on a machine each has the card of its number.
+    """
+    here = place()
+    if asked in ("auto", "cuda") and here.local_world_size > 1:
+        asked = f"cuda:{here.local_rank}" if asked == "cuda" or _has_cuda() else "auto"
     if asked != "auto":
         _require_device(asked)
         return asked
@@ -110,6 +118,19 @@ def pick_device(asked: str = "auto") -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cuda_count() -> int:
+    """Cards of this machine that may be used."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _require_device(asked: str) -> None:
@@ -250,6 +271,64 @@ def machine() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a run's processes this one is, from 0; local: among those of this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def place() -> Place:
+    """As the launcher says that started this process (torchrun, accelerate, `tuoling train --nproc`, Ray), else
+    SLURM's `srun`; alone without one. Within `sbatch` but outside of `srun` a process is alone, whatever was reserved.
+    """
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        rank, world, local, beside = (os.environ.get(name, "") for name in names)
+        if rank.isdigit() and world.isdigit() and int(world) > 1:
+            here = re.match(r"\d+", beside)  # SLURM writes 4(x2),3
+            return Place(int(rank), int(world), int(local or rank), int(here.group()) if here else int(world))
+    return Place()
+
+
 def world_size() -> int:
-    """How many processes a launcher (torchrun, accelerate) says it started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes train together; 1 without a launcher."""
+    return place().world_size
+
+
+def adopt(place: Place) -> None:
+    """Give the libraries that read torchrun's variables what SLURM said in its own."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    job = int(os.environ.get("SLURM_JOB_ID") or 0)
+    for name, value in {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(20000 + job % 20000),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def first_host(nodes: str) -> str:
+    """The first name in a SLURM list of nodes: `gpu[07-09,12],big1` is gpu07."""
+    head = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    return (head.group(1) + (head.group(2) or "")) if head else nodes
+
+
+def meeting_point() -> str:
+    """Where the processes of a run find each other."""
+    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def variables(**more: str) -> dict[str, str]:
+    """What a process started from here finds in its environment; a number of threads the user chose stays."""
+    if "OMP_NUM_THREADS" in os.environ:
+        more.pop("OMP_NUM_THREADS", None)
+    return {**os.environ, **more}

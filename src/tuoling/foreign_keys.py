@@ -61,6 +61,7 @@ ALIASES = {
     "output": "output_dir",
     "output_path": "output_dir",
     "out": "output_dir",
+    "ddp_timeout": "timeout_s",
 }
 """Other names → ours."""
 
@@ -80,7 +81,7 @@ PACKING = _names(
     packing_num_proc sample_packing_bin_size sample_packing_group_size sample_packing_sequentially"""
 )
 LAUNCH = _names(
-    """deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend local_rank
+    """fsdp_config ddp_find_unused_parameters ddp_backend local_rank
     placement_strategy resources_per_worker ray_run_name ray_storage_path ray_num_workers ray_init_kwargs"""
 )
 LOGGING = _names(
@@ -131,8 +132,8 @@ def answers(key: str) -> str | None:
         )
     if key in LAUNCH:
         return tr(
-            "not used: this version trains on one device; the plan says whether it fits",
-            "未使用：当前版本在单个设备上训练，训练前的计划会说明是否放得下",
+            "not used: processes are started by --nproc or a launcher, and parallel= says how they share the run",
+            "未使用：进程由 --nproc 或启动器启动，parallel= 决定它们如何分担训练",
         )
     if key in QUANTIZED_COMPUTE:
         return tr(

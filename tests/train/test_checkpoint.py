@@ -12,7 +12,9 @@ from tuoling.train.checkpoint import (
     checkpoints,
     load_optimizer,
     load_random_state,
+    optimizer_tensors,
     prune_checkpoints,
+    random_state,
     save_checkpoint,
 )
 
@@ -22,8 +24,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     save_checkpoint(
         folder,
         save_weights=lambda path: torch.save(model.state_dict(), path / "weights.pt"),
-        model=model,
-        optimizer=optimizer,
+        optimizer=optimizer_tensors(model, optimizer),
+        random=[random_state()],
         trainer_state="{}\n",
         position={"step": step},
     )
@@ -74,8 +76,8 @@ def test_a_full_disk_leaves_no_checkpoint_and_is_called_by_its_name(tmp_path: Pa
         save_checkpoint(
             tmp_path / "checkpoint-1",
             save_weights=full,
-            model=model,
-            optimizer=optimizer,
+            optimizer=optimizer_tensors(model, optimizer),
+            random=[random_state()],
             trainer_state="{}",
             position={},
         )
@@ -102,8 +104,8 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
         save_checkpoint(
             tmp_path / "checkpoint-1",
             save_weights=fail,
-            model=model,
-            optimizer=optimizer,
+            optimizer=optimizer_tensors(model, optimizer),
+            random=[random_state()],
             trainer_state="{}\n",
             position={},
         )

@@ -141,7 +141,7 @@ def test_the_gradient_is_the_same_in_any_number_of_micro_batches(
         batches = loop.batches_of_step(setup.train, make_steps(config, lengths), 0)
         assert sorted(row for batch in batches for row in batch.rows) == list(range(8))
         optimizer = KeepsGradients(trained, lr=0.0)
-        losses.append(loop.train_step(parts.fast, optimizer, parts.accelerator, batches, 0.0)[0])
+        losses.append(loop.train_step(parts.fast, optimizer, parts.engine, batches, 0.0)[0])
         gradients[len(batches)] = optimizer.gradient
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     assert sorted(gradients) == [1, 2, 8]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from tuoling.errors import MissingPackage
-from tuoling.train.checkpoint import load_optimizer, save_checkpoint
+from tuoling.train.checkpoint import load_optimizer, optimizer_tensors, random_state, save_checkpoint
 from tuoling.train.optim import make_optimizer, require_optimizer, set_learning_rate
 
 
@@ -90,8 +90,8 @@ def test_its_state_goes_through_a_checkpoint(settings: Settings, tmp_path: Path)
     save_checkpoint(
         tmp_path / "c",
         save_weights=lambda folder: torch.save(model.state_dict(), folder / "w.pt"),
-        model=model,
-        optimizer=optimizer,
+        optimizer=optimizer_tensors(model, optimizer),
+        random=[random_state()],
         trainer_state="{}",
         position={},
     )

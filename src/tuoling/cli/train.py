@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuoling import console
+from tuoling import console, environment
 from tuoling.errors import UsageError
 from tuoling.language import tr
 
@@ -23,7 +23,10 @@ HELP = tr(
     tuoling train config.yaml [key=value …]
 
     CONFIG may also be a LLaMA-Factory SFT YAML, domain-bloom's two JSON files, or BELLE's of April 2023.
-    Every key of the config can be given as key=value; `recipe=domain-bloom` starts from a packaged recipe.""",
+    Every key of the config can be given as key=value; `recipe=domain-bloom` starts from a packaged recipe.
+
+    --nproc 2 (or --devices 0,1) starts that many processes, which share every step; parallel=fsdp, zero2 or zero3
+    cuts the model into parts. Under torchrun or srun a process joins the others by itself.""",
     """用你的数据微调模型，结果放在一个运行目录里。
 
     tuoling train --model 模型 --data rows.json [--out 目录] [键=值 …]
@@ -31,7 +34,10 @@ HELP = tr(
     tuoling train config.yaml [键=值 …]
 
     配置文件也可以是 LLaMA-Factory 的 SFT YAML、domain-bloom 的两个 JSON，或 BELLE 2023 年 4 月的 JSON。
-    配置中的每个键都可以写成 键=值；recipe=domain-bloom 表示从内置配方开始。""",
+    配置中的每个键都可以写成 键=值；recipe=domain-bloom 表示从内置配方开始。
+
+    --nproc 2（或 --devices 0,1）启动多个进程分担每一步；parallel=fsdp、zero2 或 zero3 会切分模型。
+    在 torchrun 或 srun 下，各进程会自动汇合。""",
 )
 
 Words = Annotated[
@@ -64,11 +70,32 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the results as JSON", "以 JSON 输出结果"))
     ] = False,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"))
+    ] = 1,
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
+    ] = None,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
+    ] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
+    ] = 0,
+    master: Annotated[
+        str | None,
+        typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
+    ] = None,
 ) -> None:
     loaded = load(words, model=model, data=data, out=out, recipe=recipe)
     from tuoling.api import train
+    from tuoling.train.launch import Launch
 
-    result = train(loaded, say=console.note, show_plan=show_plan)
+    launch = Launch(nproc, _numbers(devices), nnodes, node_rank, master)
+    result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
+    if environment.place().rank != 0:  # under torchrun the first one reports
+        return
     if as_json:
         print(json.dumps({"run": str(result.path), "status": result.status, **result.results}))  # noqa: T201
         return
@@ -87,6 +114,20 @@ def command(
     console.out.print(
         tr(f"next        tuoling chat {result.path}", f"下一步    tuoling chat {result.path}"), markup=False
     )
+
+
+def _numbers(devices: str | None) -> tuple[int, ...]:
+    """`0,1,3` → (0, 1, 3)."""
+    parts = [part.strip() for part in (devices or "").split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+        raise UsageError(
+            tr(
+                f"--devices {devices}: numbers of cards with commas, each once",
+                f"--devices {devices}：应为逗号分隔的显卡编号，不重复",
+            ),
+            remedy="--devices 0,1",
+        )
+    return tuple(int(part) for part in parts)
 
 
 def load(

@@ -49,6 +49,18 @@ class Batch:
         )
 
 
+def nothing_learned() -> Batch:
+    """One token and no label: a forward that adds nothing, where all processes must call the model equally often."""
+    return Batch(
+        input_ids=torch.zeros(1, dtype=torch.int64),
+        labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        rows=[],
+        num_learned=0,
+    )
+
+
 def collate(examples: Sequence[Example], *, share_head: bool = False) -> Batch:
     """Lay examples side by side. Raises DataError for no examples, or an empty one.
 

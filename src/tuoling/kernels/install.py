@@ -23,23 +23,23 @@ from tuoling.language import tr
 
 
 def install(
-    model: nn.Module, *, extras: Extras = PLAIN, say: Callable[[str], None] = console.note
+    model: nn.Module, *, say: Callable[[str], None] = console.note, called: nn.Module | None = None
 ) -> FastModel:
     """Give `model` (a causal language model of transformers, or a PeftModel around one) the fast step.
-
-    extras: label smoothing and z-loss of a model in training mode; validation has the cross entropy alone.
 
     Each fast path is tried on the model itself first; one that is not exact is left out, with the reason in
     `FastModel.reasons` and through `say`. The model is the same for everybody else: generation and ordinary
     forwards give what they gave. ModelError: it cannot be trained as a causal language model at all.
+    called: what stands around the model and is called in its place, where it holds only parts of its weights.
     """
     fast = FastModel(model, say=say)
+    if called is not None:
+        fast.model = called
     try:
         fast.examine()
     except BaseException:
         fast.uninstall()
         raise
-    fast.extras = extras  # from here on: the tries above compare with transformers' plain loss
     return fast
 
 
@@ -50,6 +50,7 @@ class FastModel:
     packed:     documents share one forward; otherwise they run one by one.
     fused_loss: the loss never holds logits; otherwise transformers' own logits are used.
     reasons:    one sentence for each fast path that is not used.
+    extras:     label smoothing and z-loss while the model is in training mode; validation has the cross entropy alone.
     """
 
     def __init__(self, model: nn.Module, *, say: Callable[[str], None] = console.note) -> None:
@@ -149,7 +150,7 @@ class FastModel:
 
     @property
     def _extras_now(self) -> Extras:
-        return self.extras if self.model.training else PLAIN
+        return self.extras if self._base.training else PLAIN
 
     def _fused(self, labels: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
         """The head's answer [1, 1, 1]: the loss, divided by what the model will multiply it with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,21 @@ def save_checkpoint(
     folder: Path,
     *,
     save_weights: SaveWeights,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: dict[str, torch.Tensor],
+    random: Sequence[dict[str, torch.Tensor]],
     trainer_state: str,
     position: dict[str, Any],
 ) -> None:
     """Write weights, optimizer, random state and position, or nothing.
 
+    optimizer: as `optimizer_tensors` gives it. random: `random_state()` of every rank.
     position: {"step", "rows_seen", "seed"}: the rows that follow are a function of it alone.
     """
     with files.atomic_folder(folder) as temporary:
         save_weights(temporary)
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        save_file(_random_state(), temporary / "rng.safetensors")
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        for rank, state in enumerate(random):
+            save_file(state, temporary / _random_file(rank))
         files.write_json(temporary / "position.json", position)
         with files.atomic_write(temporary / "trainer_state.json") as file:
             file.write(trainer_state)
@@ -67,9 +69,9 @@ def load_optimizer(folder: Path, *, model: nn.Module, optimizer: torch.optim.Opt
                 optimizer.state[parameter][key] = _as_it_was(key, tensor, parameter.device)
 
 
-def load_random_state(folder: Path) -> None:
+def load_random_state(folder: Path, rank: int = 0) -> None:
     """Put a checkpoint's random state back (dropout goes on as it would have)."""
-    saved = load_file(folder / "rng.safetensors")
+    saved = load_file(folder / _random_file(rank))
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
@@ -79,12 +81,19 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, whole: Callable[[torch.Tensor], torch.Tensor] = _plain
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state on the CPU: `parameter's name.key` → tensor. whole: puts parts of one together."""
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, parameter in _trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            tensor = whole(torch.as_tensor(value).detach()).cpu().contiguous()
             if tensor.data_ptr() in storages:  # the code book that all 8-bit states look numbers up in
                 tensor = tensor.clone()
             storages.add(tensor.data_ptr())
@@ -99,7 +108,12 @@ def _as_it_was(key: str, tensor: torch.Tensor, device: torch.device) -> torch.Te
     return tensor.to(device)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_file(rank: int) -> str:
+    return f"rng-{rank}.safetensors" if rank else "rng.safetensors"
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """What torch's generators of this process would draw next."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

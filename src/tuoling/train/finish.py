@@ -82,5 +82,5 @@ def _order_of_moving(file: Path) -> tuple[int, str]:
 def _copy_weights(checkpoint: Path, folder: Path) -> None:
     """A checkpoint without what only a checkpoint needs. Raises OutputError where it cannot be written."""
     for file in checkpoint.iterdir():
-        if file.name not in _OF_A_CHECKPOINT:
+        if file.name not in _OF_A_CHECKPOINT and not file.name.startswith("rng-"):
             shutil.copyfile(file, folder / file.name)

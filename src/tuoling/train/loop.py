@@ -16,17 +16,17 @@ import torch
 
 from tuoling import console, environment, files
 from tuoling.data.batches import lay
-from tuoling.data.pack import Batch, collate
-from tuoling.kernels.install import FastModel, install
+from tuoling.data.pack import Batch, collate, nothing_learned
+from tuoling.kernels.install import FastModel
 from tuoling.kernels.loss import Extras
 from tuoling.language import tr
 from tuoling.models.load import load_model
-from tuoling.train.checkpoint import SaveWeights, prune_checkpoints, save_checkpoint
+from tuoling.train.checkpoint import prune_checkpoints, random_state, save_checkpoint
 from tuoling.train.finish import finish
 from tuoling.train.interrupt import Interrupt
 from tuoling.train.memory import quantization_of
 from tuoling.train.optim import make_optimizer, set_learning_rate
-from tuoling.train.parallel import make_accelerator
+from tuoling.train.parallel import Engine, StepResult, make_engine
 from tuoling.train.prepare import Setup, prepare
 from tuoling.train.progress import (
     Progress,
@@ -36,14 +36,13 @@ from tuoling.train.progress import (
     note_step,
     trainer_state,
 )
+from tuoling.train.ranks import Ranks, join
 from tuoling.train.rows import Rows
 from tuoling.train.run_folder import RunFolder, claim, default_run_folder, manifest
 from tuoling.train.steps import Steps, make_steps
-from tuoling.train.weights import make_trainable, weight_saver
+from tuoling.train.weights import WeightSaver, make_trainable
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from tuoling.config import RunConfig
 
 
@@ -58,13 +57,13 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What computes: accelerate's engine, the model with its fast step, the optimizer, and how weights are saved."""
+    """What computes: the engine, the model with its fast step, the optimizer, and how weights are saved."""
 
-    accelerator: Accelerator
+    engine: Engine
     model: Any
     fast: FastModel
     optimizer: Any
-    save_weights: SaveWeights
+    saver: WeightSaver
     share_head: bool = False
 
 
@@ -79,53 +78,86 @@ def train(
 
     Raises TuolingError; a run folder that was begun then says `"status": "failed"` and why.
     """
-    setup = prepare(config, say=say, notes=notes)
-    folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
-    setup.plan.require_disk(folder)
-    if not config.ignore_memory_plan:
-        setup.plan.require_memory()
-    moved = claim(folder, overwrite=config.overwrite_output_dir)
-    if moved:
-        say(moved)
-    if show_plan:
-        show_plan(setup)
-    record = manifest(setup, environment.versions(), environment.machine())
-    run = RunFolder(folder, record)
-    try:
-        parts = assemble(setup, run, record, say)
-        with Interrupt() as interrupt:
-            done = fit(setup, run, parts, interrupt)
-            parts.fast.uninstall()
-            parts.accelerator.end_training()
-            status = "interrupted" if done.step < setup.plan.total_steps else "finished"
-            results = finish(run, setup, done, status=status, save_weights=parts.save_weights, say=say)
-    except BaseException as error:
-        run.fail(error)
-        raise
+    with console.silent(environment.place().rank != 0):
+        setup = prepare(config, say=say, notes=notes)  # rows are tokenised before the processes meet
+        if not config.ignore_memory_plan:
+            setup.plan.require_memory()
+        return train_prepared(setup, say=say, show_plan=show_plan)
+
+
+def train_prepared(
+    setup: Setup, *, say: Callable[[str], None], show_plan: Callable[[Setup], None] | None = None
+) -> RunResult:
+    """Train what `prepare` found, with the other processes where a launcher started several."""
+    with join(setup.device, setup.config.timeout_s) as ranks:
+        if not ranks.first:
+            say, show_plan = _say_nothing, None
+        ranks.require_same(setup.fingerprint(), tr("config or rows", "配置或数据"))
+        folder = ranks.decide(lambda: begin(setup, say))
+        if show_plan:
+            show_plan(setup)
+        record = manifest(setup, environment.versions(), environment.machine())
+        run = RunFolder(folder, record, writes=ranks.first)
+        try:
+            parts = assemble(setup, run, record, say, ranks)
+            with Interrupt() as interrupt:
+                done = fit(setup, run, parts, interrupt)
+                parts.fast.uninstall()
+                status = "interrupted" if done.step < setup.plan.total_steps else "finished"
+                results = _finish(run, setup, parts, done, status, say)
+                parts.engine.finish()
+        except BaseException as error:
+            run.fail(error)
+            raise
     return RunResult(folder, status, results)
 
 
-def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable[[str], None]) -> Parts:
+def begin(setup: Setup, say: Callable[[str], None]) -> Path:
+    """Make the run folder; say what became of an old one."""
+    config = setup.config
+    folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
+    setup.plan.require_disk(folder)
+    moved = claim(folder, overwrite=config.overwrite_output_dir)
+    if moved:
+        say(moved)
+    return folder
+
+
+def assemble(
+    setup: Setup,
+    run: RunFolder,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+    ranks: Ranks | None = None,
+) -> Parts:
     """Load the model, make its trained weights trainable, put the fast step on it, make the optimizer."""
     config = setup.config
-    accelerator = make_accelerator(
-        device=setup.device, dtype=setup.dtype, trackers=config.report_to, folder=run.path, manifest=record
+    engine = make_engine(
+        config,
+        ranks or Ranks(),
+        device=setup.device,
+        dtype=setup.dtype,
+        hidden=setup.hidden,
+        folder=run.path,
+        manifest=record,
     )
     torch.manual_seed(config.seed)
-    model = load_model(
-        setup.source,
-        dtype="fp32" if config.finetuning_type == "full" else setup.dtype,
-        device=setup.device,
-        for_training=True,
-        allow_remote_code=config.allow_remote_code,
-        quantization=quantization_of(config),
-    )
-    model = make_trainable(model, setup)
-    extras = Extras(config.label_smoothing_factor, config.z_loss)
-    fast = install(model, extras=extras, say=say)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
+    with engine.loading():
+        model = load_model(
+            setup.source,
+            dtype="fp32" if config.finetuning_type == "full" else setup.dtype,
+            device=engine.loads_on or setup.device,
+            for_training=True,
+            allow_remote_code=config.allow_remote_code,
+            quantization=quantization_of(config),
+        )
+        model = make_trainable(model, setup)
+    fast, optimizer = engine.build(model, lambda: make_optimizer(model, config), say)
+    fast.extras = Extras(config.label_smoothing_factor, config.z_loss)
+    if not engine.ranks.first:  # so that ranks drop different activations
+        torch.manual_seed(config.seed + engine.ranks.rank)
     share_head = config.share_head and can_share_head(fast, setup.device, say)
-    return Parts(accelerator, model, fast, optimizer, weight_saver(model, setup), share_head)
+    return Parts(engine, model, fast, optimizer, WeightSaver(model, setup), share_head)
 
 
 def can_share_head(fast: FastModel, device: str, say: Callable[[str], None]) -> bool:
@@ -147,29 +179,31 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
     Raises KeyboardInterrupt where nothing has been trained yet that could be saved.
     """
     config, plan, done = setup.config, setup.plan, Progress()
-    steps = make_steps(config, setup.train.lengths)
+    ranks = parts.engine.ranks
+    steps = make_steps(config, setup.train.lengths, ranks.world_size)
     parts.model.train()
     with run.metrics() as metrics, console.progress() as bar:
         task = bar.add_task(tr("training", "训练中"), total=plan.total_steps, detail="")
-        while done.step < plan.total_steps and not interrupt.asked:
+        while done.step < plan.total_steps and not ranks.any(interrupt.asked):
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)
-            batches = batches_of_step(setup.train, steps, done.step, share_head=parts.share_head)
-            loss, grad_norm = train_step(
-                parts.fast, parts.optimizer, parts.accelerator, batches, config.max_grad_norm
-            )
-            row = note_step(done, setup, batches, loss, grad_norm, rate, time.perf_counter() - began)
-            if not step_is_finite(parts.accelerator, loss, grad_norm):
-                raise not_finite(run, setup, batches, row)
+            batches = batches_of_step(setup.train, steps, done.step, ranks.rank, share_head=parts.share_head)
+            step = train_step(parts.fast, parts.optimizer, parts.engine, batches, config.max_grad_norm)
+            row = note_step(done, setup, step, rate, time.perf_counter() - began)
+            if not step_is_finite(parts.engine, step.loss, step.grad_norm):
+                rows = ranks.gather([row for batch in batches for row in batch.rows])
+                raise not_finite(run, setup, [each for share in rows for each in share], row)
             bar.update(
-                task, completed=done.step, detail=f"loss {loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s"
+                task,
+                completed=done.step,
+                detail=f"loss {step.loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s",
             )
-            last = done.step == plan.total_steps or interrupt.asked
+            last = done.step == plan.total_steps or ranks.any(interrupt.asked)
             if setup.held_out and (last or done.step % plan.eval_steps == 0):
                 row["eval_loss"] = done.eval_loss = evaluate_loss(parts, setup, setup.held_out)
             files.append_jsonl(metrics, row)
-            log_step(run, parts.accelerator, row, config.logging_steps, last)
+            log_step(run, parts.engine.accelerator, row, config.logging_steps, last)
             if improved(done, config, row) or (done.step % plan.save_steps == 0 and not last):
                 _save(setup, run, parts, done)
     if done.step == 0:
@@ -178,11 +212,17 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
 
 
 def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
+    engine = parts.engine
+    weights = engine.whole_weights(parts.model)
+    optimizer = engine.optimizer_tensors(parts.model, parts.optimizer)
+    random = engine.ranks.gather(random_state())
+    if not engine.ranks.first:
+        return
     save_checkpoint(
         run.path / f"checkpoint-{done.step}",
-        save_weights=parts.save_weights,
-        model=parts.model,
-        optimizer=parts.optimizer.optimizer,
+        save_weights=lambda folder: parts.saver.save(folder, weights),
+        optimizer=optimizer,
+        random=random,
         trainer_state=trainer_state(run, setup, done),
         position={"step": done.step, "rows_seen": done.rows_seen, "seed": setup.config.seed},
     )
@@ -190,43 +230,66 @@ def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
     prune_checkpoints(run.path, keep=setup.config.save_total_limit, best=best)
 
 
-def batches_of_step(train: Rows, steps: Steps, step: int, *, share_head: bool = False) -> list[Batch]:
-    """The micro-batches of an optimizer step: a function of the seed and the step alone."""
-    laid = steps.micro_batches(step)
+def _finish(
+    run: RunFolder, setup: Setup, parts: Parts, done: Progress, status: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The end of the run, written by the first rank. Returns its results in every rank."""
+    ranks = parts.engine.ranks
+    weights = parts.engine.whole_weights(parts.model)
+    done.peaks_gib = ranks.gather(round(environment.peak_rss_gib(), 3))
+    return ranks.decide(
+        lambda: finish(
+            run,
+            setup,
+            done,
+            status=status,
+            save_weights=lambda folder: parts.saver.save(folder, weights),
+            say=say,
+        )
+    )
+
+
+def batches_of_step(
+    train: Rows, steps: Steps, step: int, rank: int = 0, *, share_head: bool = False
+) -> list[Batch]:
+    """The micro-batches of an optimizer step in one rank: a function of the seed and the step alone."""
+    laid = steps.micro_batches(step, rank)
     return [collate([train[row] for row in rows], share_head=share_head) for rows in laid]
 
 
 def train_step(
     fast: FastModel,
     optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
+    engine: Engine,
     batches: Sequence[Batch],
     max_grad_norm: float,
-) -> tuple[float, float]:
-    """One optimizer step. Returns (mean loss in nats per learned token, gradient norm before clipping).
+) -> StepResult:
+    """One optimizer step.
 
-    Every micro-batch gives a sum; the sums are divided once, by the learned tokens of all of them, so that
-    8 x 1 and 1 x 8 rows give the same gradient. A loss or a gradient that is not finite changes no weight.
+    Every micro-batch gives a sum; the sums are divided once, by the learned tokens of all of them in all ranks, so
+    that 8 x 1 and 1 x 8 rows give the same gradient. A loss or a gradient that is not finite changes no weight.
     """
-    learned = sum(batch.num_learned for batch in batches)
+    batches, counts = engine.share(batches)
     total = 0.0
-    for batch in batches:
-        with accelerator.autocast():
-            loss_sum = batch_loss(fast, batch, accelerator.device)
-        accelerator.backward(loss_sum / learned)
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        with engine.accumulating(last):
+            with engine.autocast():
+                loss_sum = batch_loss(fast, batch, engine.device)
+            engine.backward(loss_sum / counts.learned, last)
         total += loss_sum.item()
-    mean = total / learned
+    mean = engine.ranks.total(total) / counts.learned
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
-    if step_is_finite(accelerator, mean, float(norm)):
-        optimizer.step()
+    norm = engine.clip(parameters, max_grad_norm) if math.isfinite(mean) else math.nan
+    if step_is_finite(engine, mean, norm):
+        engine.step(optimizer)
     optimizer.zero_grad()
-    return mean, float(norm)
+    return StepResult(mean, norm, counts)
 
 
-def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> bool:
+def step_is_finite(engine: Engine, loss: float, grad_norm: float) -> bool:
     """Whether a step may change the weights. A gradient that overflows under loss scaling is the scaler's to skip."""
-    return math.isfinite(loss) and (accelerator.scaler is not None or math.isfinite(grad_norm))
+    return math.isfinite(loss) and (engine.scales_loss or math.isfinite(grad_norm))
 
 
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -244,13 +307,20 @@ def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
     laid = lay(
         rows.lengths, rows_at_once=config.per_device_eval_batch_size, max_tokens=config.max_tokens_per_batch
     )
-    was_training = parts.model.training
+    engine, was_training = parts.engine, parts.model.training
+    mine = laid[engine.ranks.rank :: engine.ranks.world_size]
     parts.model.eval()
     total, learned = 0.0, 0
-    for positions in laid:
-        batch = collate([rows[position] for position in positions], share_head=parts.share_head)
-        with parts.accelerator.autocast():
-            total += batch_loss(parts.fast, batch, parts.accelerator.device).item()
+    for number in range(engine.forwards(len(mine))):
+        batch = nothing_learned()
+        if number < len(mine):
+            batch = collate([rows[position] for position in mine[number]], share_head=parts.share_head)
+        with engine.autocast():
+            total += batch_loss(parts.fast, batch, engine.device).item()
         learned += batch.num_learned
     parts.model.train(was_training)
-    return total / learned
+    return engine.ranks.total(total) / engine.ranks.total(learned)
+
+
+def _say_nothing(message: str) -> None:
+    """What the ranks that do not print say."""

@@ -101,7 +101,7 @@ def _two_steps(config: RunConfig) -> int:
     parts.model.train()
     batch = longest_batch(setup)
     for _ in range(STEPS):
-        train_step(parts.fast, parts.optimizer, parts.accelerator, [batch], config.max_grad_norm)
+        train_step(parts.fast, parts.optimizer, parts.engine, [batch], config.max_grad_norm)
     if setup.device.startswith("cuda"):
         return int(torch.cuda.max_memory_reserved())
     return int(environment.peak_rss_gib() * 2**30)

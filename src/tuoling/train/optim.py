@@ -41,10 +41,13 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if config.optim == "muon" and parameter.ndim == 2 and id(parameter) not in tables:
+        dimensions = len(
+            getattr(parameter, "ds_shape", parameter.shape)
+        )  # under ZeRO-3 what is here is a flat part
+        if config.optim == "muon" and dimensions == 2 and id(parameter) not in tables:
             matrices.append(parameter)
         else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            (decayed if dimensions >= 2 else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},

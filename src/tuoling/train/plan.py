@@ -61,6 +61,8 @@ class Plan:
     shared_tokens: int = 0
     """Tokens these rows would have cost; not among `tokens`."""
     fitting: tuple[str, ...] = ()
+    world_size: int = 1
+    """Processes that train together. micro_batches_per_step and memory are those of one of them."""
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
@@ -149,6 +151,8 @@ class Plan:
                     f"每个至多 {self.max_tokens_per_batch:,} 个 token，填满 {self.fill:.1%}",
                 )
             )
+        if self.world_size > 1:
+            parts.append(tr(f"over {self.world_size} processes", f"由 {self.world_size} 个进程分担"))
         return tr(", ", "，").join(parts)
 
     def _sharing(self) -> str:
@@ -204,9 +208,13 @@ class Plan:
             )
         return found
 
-    def require_memory(self) -> None:
-        """Raise TrainingError before the first step where the run is far from fitting into memory."""
-        require_memory(self.memory.total, environment.memory_available_bytes(self.device), self.fitting)
+    def require_memory(self, processes: int = 1) -> None:
+        """Raise TrainingError before the first step where the run is far from fitting into memory.
+
+        processes: that will share it, each with what the plan says.
+        """
+        free = environment.memory_available_bytes(self.device)
+        require_memory(processes * self.memory.total, free, self.fitting)
 
     def require_disk(self, folder: Path) -> None:
         """Raise OutputError now if the checkpoints will not fit beside a small reserve."""
@@ -240,6 +248,7 @@ def make_plan(
     shared_rows: int = 0,
     shared_tokens: int = 0,
     fitting: Sequence[str] = (),
+    world_size: int = 1,
 ) -> Plan:
     """Count steps and the disk they take.
 
@@ -253,7 +262,12 @@ def make_plan(
             tr("no row is left to train on", "没有可训练的数据"),
             remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
         )
-    laid = make_steps(config, lengths)
+    if rows < world_size:
+        raise TrainingError(
+            tr(f"{world_size} processes and {rows} rows", f"有 {world_size} 个进程，却只有 {rows} 条数据"),
+            remedy=tr(f"at most {rows} processes: --nproc {rows}", f"最多 {rows} 个进程：--nproc {rows}"),
+        )
+    laid = make_steps(config, lengths, world_size)
     figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
     largest = largest_micro_batch(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = (
@@ -289,6 +303,7 @@ def make_plan(
         memory=memory,
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
         fitting=tuple(fitting),
+        world_size=world_size,
         shared_rows=shared_rows,
         shared_tokens=shared_tokens,
     )

@@ -29,7 +29,7 @@ from tuoling.train.memory import (
     what_fits,
 )
 from tuoling.train.optim import require_optimizer
-from tuoling.train.parallel import require_trackers
+from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
 
@@ -54,12 +54,23 @@ class Setup:
     plan: Plan
     device: str
     dtype: str
+    hidden: int = 0
+    """Of the model."""
+    world_size: int = 1
     notes: list[str] = field(default_factory=list)
 
+    def fingerprint(self) -> str:
+        """The same in all processes that may train together."""
+        held_out = self.held_out.store.key if self.held_out else None
+        return f"{self.config.model_dump_json(exclude={'output_dir'})} {self.train.store.key} {held_out} {self.dtype}"
 
-def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
+
+def prepare(
+    config: RunConfig, *, say: Say, notes: Sequence[str] = (), world_size: int | None = None
+) -> Setup:
     """Resolve model, template, rows, precision and plan.
 
+    world_size: processes that will train; what a launcher says that has started them.
     Raises a TuolingError for whatever would stop the run later: missing or bad rows, an unknown template,
     a tokenizer without an end token, a held-out part larger than the data.
     """
@@ -70,10 +81,12 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         say(message)
 
     config.require("model_name_or_path", "data")
+    world_size = environment.world_size() if world_size is None else world_size
     device = environment.pick_device(config.device)
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
     require_optimizer(config.optim)
+    require_engine(config, world_size, tell)
     source = _find_source(config)
     config = _as_its_adapter(config, source, tell)
     low_bit.require(quantization_of(config), device)
@@ -129,6 +142,7 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         size=size,
         memory=memory,
         device=device,
+        world_size=world_size,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -143,6 +157,8 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
         plan=plan,
         device=device,
         dtype=dtype,
+        hidden=size.hidden,
+        world_size=world_size,
         notes=kept,
     )
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tuoling import console, environment, files
-from tuoling.data.pack import Batch
 from tuoling.errors import TrainingError
 from tuoling.language import tr
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from tuoling.config import RunConfig
+    from tuoling.train.parallel import StepResult
     from tuoling.train.prepare import Setup
     from tuoling.train.run_folder import RunFolder
 
@@ -36,18 +36,18 @@ class Progress:
     last_loss: float | None = None
     eval_loss: float | None = None
     best: dict[str, Any] | None = None
+    peaks_gib: list[float] = field(default_factory=list)
+    """Of every rank, at the end."""
 
 
-def note_step(
-    done: Progress, setup: Setup, batches: Sequence[Batch], loss: float, norm: float, rate: float, took: float
-) -> dict[str, Any]:
-    tokens = sum(batch.input_ids.numel() for batch in batches)
-    learned = sum(batch.num_learned for batch in batches)
+def note_step(done: Progress, setup: Setup, step: StepResult, rate: float, took: float) -> dict[str, Any]:
+    """Count a step. Returns its row of metrics.jsonl."""
+    loss, tokens, learned = step.loss, step.counts.tokens, step.counts.learned
     if done.step > 0:  # the first step pays for warm-up: allocators, kernels, caches
         done.seconds += took
         done.timed_tokens += tokens
     done.step += 1
-    done.rows_seen += sum(len(batch.rows) for batch in batches)
+    done.rows_seen += step.counts.rows
     done.tokens += tokens
     done.learned_tokens += learned
     done.first_loss = loss if done.first_loss is None else done.first_loss
@@ -57,7 +57,7 @@ def note_step(
         "epoch": round(done.rows_seen / setup.plan.rows, 4),
         "loss": loss,
         "learning_rate": rate,
-        "grad_norm": norm,
+        "grad_norm": step.grad_norm,
         "tokens": tokens,
         "learned_tokens": learned,
         "seconds": round(took, 4),
@@ -120,15 +120,17 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
         "tokens_per_s": round(done.timed_tokens / done.seconds, 1) if done.seconds else None,
         "peak_rss_gib": round(environment.peak_rss_gib(), 3),
         "peak_cuda_gib": round(cuda, 3),
+        **({"peak_rss_gib_of_ranks": done.peaks_gib} if len(done.peaks_gib) > 1 else {}),
     }
 
 
-def not_finite(run: RunFolder, setup: Setup, batches: Sequence[Batch], row: dict[str, Any]) -> TrainingError:
+def not_finite(run: RunFolder, setup: Setup, rows: Sequence[int], row: dict[str, Any]) -> TrainingError:
     """Save the rows of the step whose loss or gradient is not a number, and say where they are."""
     path = run.path / "nonfinite_rows.json"
-    places = [place for batch in batches for row in batch.rows for place in setup.train.places(row)]
+    places = [place for each in rows for place in setup.train.places(each)]
     found = {"loss": str(row["loss"]), "grad_norm": str(row["grad_norm"])}
-    files.write_json(path, {"step": row["step"], **found, "rows": places})
+    if run.writes:
+        files.write_json(path, {"step": row["step"], **found, "rows": places})
     if math.isfinite(row["loss"]):
         what, was = tr("gradient", "梯度"), row["grad_norm"]
     else:

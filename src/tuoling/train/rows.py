@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +98,7 @@ def compile_rows(
     )
     cache = environment.cache_dir() / "tokens"
     files.require_writable(cache)
-    with console.progress() as bar:
+    with console.progress() as bar, _in_turn(cache):
         task = bar.add_task(tr("reading rows", "读取数据"), total=None, detail="")
         store, report = compile_store(
             sources,
@@ -113,6 +115,15 @@ def compile_rows(
             tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names])
         )
     return store, report
+
+
+def _in_turn(cache: Path) -> AbstractContextManager[object]:
+    """Of several processes of a launcher the first compiles the rows; the others wait and use what it made."""
+    if environment.world_size() == 1:
+        return nullcontext()
+    from filelock import FileLock
+
+    return FileLock(cache / "ranks.lock")
 
 
 def _store_notes(report: StoreReport) -> list[str]:

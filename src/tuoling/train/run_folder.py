@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,6 +79,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
         "device": setup.device,
         "dtype": setup.dtype,
         "seed": setup.config.seed,
+        "processes": setup.world_size,
         "versions": versions,
         "machine": machine,
         "notes": setup.notes,
@@ -85,10 +87,14 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
 
 
 class RunFolder:
-    """Writes a run's records. Metrics are appended and flushed a step at a time; the rest is written whole."""
+    """Writes a run's records. Metrics are appended and flushed a step at a time; the rest is written whole.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    writes: whether this process does; of several that train together one does.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self._manifest = manifest
         self.log_history: list[dict[str, Any]] = []
         self.set_status("running", started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
@@ -96,7 +102,8 @@ class RunFolder:
     def set_status(self, status: str, **more: Any) -> None:
         """Write run.json again with its state: running, finished, interrupted or failed."""
         self._manifest = {**self._manifest, "status": status, **more}
-        files.write_json(self.path / "run.json", self._manifest)
+        if self.writes:
+            files.write_json(self.path / "run.json", self._manifest)
 
     def fail(self, error: BaseException) -> None:
         """Say in run.json why the run ended. On a full disk the file stays as it was: the error itself matters more."""
@@ -109,7 +116,8 @@ class RunFolder:
     @contextmanager
     def metrics(self) -> Iterator[Any]:
         """Open metrics.jsonl for appending."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl" if self.writes else Path(os.devnull)
+        with path.open("a", encoding="utf-8") as file:
             yield file
 
     def trainer_state(self, *, step: int, total_steps: int, epoch: float, best: dict[str, Any] | None) -> str:

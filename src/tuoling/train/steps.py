@@ -36,14 +36,14 @@ class RowSteps:
         self.per_epoch = math.ceil(rows / self._size)
         self.total_rows = config.max_steps * self._size if config.max_steps > 0 else whole_rows(config, rows)
         self.total = math.ceil(self.total_rows / self._size)
-        self._lengths, self._world_size = lengths, world_size
+        self._lengths, self.world_size = lengths, world_size
         self._order = SampleOrder(rows, config.seed)
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
         begin = step * self._size
         rows = self._order.rows(begin, min(begin + self._size, self.total_rows))
-        share = split_over_ranks(self._lengths[rows], self._world_size)[rank]
+        share = split_over_ranks(self._lengths[rows], self.world_size)[rank]
         mine = [rows[position] for position in share]
         laid = lay(self._lengths[mine], rows_at_once=self.rows_at_once, max_tokens=self.max_tokens)
         return [[mine[position] for position in positions] for positions in laid]
@@ -70,14 +70,14 @@ class PackSteps:
             self._end = self._packs.packs_of(whole_rows(config, len(lengths)))
         self.total = math.ceil(self._end / self._size)
         self.total_rows = self._packs.rows_before(self._end)
-        self._lengths, self._world_size = lengths, world_size
+        self._lengths, self.world_size = lengths, world_size
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
         begin = step * self._size
         packs = [self._packs.pack(index) for index in range(begin, min(begin + self._size, self._end))]
         tokens = [int(self._lengths[rows].sum()) for rows in packs]
-        return [packs[position] for position in split_over_ranks(tokens, self._world_size)[rank]]
+        return [packs[position] for position in split_over_ranks(tokens, self.world_size)[rank]]
 
 
 Steps = RowSteps | PackSteps
@@ -98,7 +98,7 @@ def whole_rows(config: RunConfig, rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """What steps are like: tokens (mean), micro-batches (mean and most), and how full the budget is."""
+    """What steps are like: tokens (mean), micro-batches of a rank (mean and most), and how full the budget is."""
 
     tokens: float
     micro_batches: float
@@ -112,14 +112,15 @@ def look_at(steps: Steps, lengths: np.ndarray) -> StepFigures:
     counts: list[int] = []
     rows = 0
     while len(counts) < steps.total and rows < LOOKED_AT_ROWS:
-        laid = steps.micro_batches(len(counts))
-        counts.append(len(laid))
+        shares = [steps.micro_batches(len(counts), rank) for rank in range(steps.world_size)]
+        counts.append(max(map(len, shares)))
+        laid = [batch for share in shares for batch in share]
         tokens.extend(int(lengths[batch].sum()) for batch in laid)
         rows += sum(len(batch) for batch in laid)
     fitting = [count for count in tokens if steps.max_tokens and count <= steps.max_tokens]
     return StepFigures(
         tokens=sum(tokens) / len(counts),
-        micro_batches=len(tokens) / len(counts),
+        micro_batches=sum(counts) / len(counts),
         most_micro_batches=max(counts),
         fill=sum(fitting) / (len(fitting) * steps.max_tokens) if fitting and steps.max_tokens else None,
     )

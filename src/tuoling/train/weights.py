@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,20 +44,28 @@ def make_trainable(model: Any, setup: Setup) -> Any:
     return model
 
 
-def weight_saver(model: Any, setup: Setup) -> Callable[[Path], None]:
-    """A function that writes everything `tuoling chat FOLDER` needs into a folder."""
-    template = template_record(setup)
-    jinja = setup.template.to_jinja(setup.tokenizer)
+class WeightSaver:
+    """Writes everything `tuoling chat FOLDER` needs into a folder."""
 
-    def save(folder: Path) -> None:
-        if setup.config.finetuning_type == "lora":
-            save_adapter(model, folder, tokenizer=setup.tokenizer, template=template)
-        else:
-            save_model(model, folder, tokenizer=setup.tokenizer, template=template)
-        if jinja is not None:  # what other tools (transformers, vLLM) read: the same prompt as ours
-            (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    def __init__(self, model: Any, setup: Setup) -> None:
+        self._model, self._setup = model, setup
+        self._template = template_record(setup)
+        self._jinja = setup.template.to_jinja(setup.tokenizer)
 
-    return save
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """weights: trained ones by name, where the model itself holds only a part of them."""
+        save: Callable[..., int] = (
+            save_adapter if self._setup.config.finetuning_type == "lora" else save_model
+        )
+        save(
+            self._model,
+            folder,
+            tokenizer=self._setup.tokenizer,
+            template=self._template,
+            state_dict=weights,
+        )
+        if self._jinja is not None:  # what other tools (transformers, vLLM) read: the same prompt as ours
+            (folder / "chat_template.jinja").write_text(self._jinja, encoding="utf-8")
 
 
 def template_record(setup: Setup) -> dict[str, Any]:
