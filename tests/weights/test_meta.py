@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tuoling.cli.main import app
 from tuoling.errors import ModelError, TuolingError, UsageError
+from tuoling.models.source import find_model
 from tuoling.weights import meta_layout
 from tuoling.weights.convert import ConvertOptions, convert
 from tuoling.weights.meta_layout import MetaCheckpoint, pairs_apart, pairs_together
@@ -184,6 +185,13 @@ def test_a_meta_folder_opens_with_huggingface_names(tmp_path: Path) -> None:
     source = open_weights(meta_style.save_shards(tmp_path / "meta", tensors, PARAMS, 2))
     assert torch.equal(source.read("model.embed_tokens.weight"), tensors["tok_embeddings.weight"])
     assert source.infos["model.layers.1.mlp.down_proj.weight"].shape == (64, 192)
+
+
+def test_a_meta_folder_given_as_a_model_is_told_what_to_do(tmp_path: Path) -> None:
+    source = meta_style.save_shards(tmp_path / "meta", meta_style.random_tensors(**SIZES), PARAMS, 1)
+    with pytest.raises(ModelError) as refused:
+        find_model(source)
+    assert f"tuoling convert {source}" in str(refused.value)
 
 
 def test_another_number_type(tmp_path: Path) -> None:

@@ -255,6 +255,11 @@ def _what_is_there(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return tr("the folder is empty", "目录是空的")
+    if any(folder.glob("consolidated.*.pth")):
+        return tr(
+            f"these are Meta's files: tuoling convert {folder} OUT",
+            f"这是 Meta 格式的权重：tuoling convert {folder} 输出目录",
+        )
     inner = [name for name in names if (folder / name / "config.json").is_file()]
     inner += [
         name for name in reversed(names) if (folder / name).is_dir() and is_adapter_folder(folder / name)
