@@ -92,6 +92,7 @@ def test_adapters_that_llama_cpp_cannot_add_are_refused(settings: dict[str, Any]
     assert "--to gguf" in (error.value.remedy or "") and not (tmp_path / "lora.gguf").exists()
 
 
+@pytest.mark.slow
 def test_what_is_written_is_proven(tmp_path: Path) -> None:
     """The gate compares llama.cpp's answers with the weights before, and a wrong file does not stay."""
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")
@@ -103,6 +104,7 @@ def test_what_is_written_is_proven(tmp_path: Path) -> None:
     assert record["verified"] and record["top1_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ class LlamaModel:
         self.trained_context = int(self._c.llama_model_n_ctx_train(self._model))
         self.is_spm = self._c.llama_vocab_type(self._vocab) == _SPM
         self._pieces: dict[int, bytes] = {}
+        self._special: list[int] | None = None
         self.context: Any = None
         self._context_tokens = 0
         self.cached: list[int] = []
@@ -176,8 +177,11 @@ class LlamaModel:
 
     def special_ids(self) -> list[int]:
         """Control tokens and the unknown token."""
-        attribute, vocab = self._c.llama_vocab_get_attr, self._vocab
-        return [token for token in range(self.tokens) if attribute(vocab, token) & (_CONTROL | _UNKNOWN)]
+        if self._special is None:
+            attribute, vocab = self._c.llama_vocab_get_attr, self._vocab
+            wanted = _CONTROL | _UNKNOWN
+            self._special = [token for token in range(self.tokens) if attribute(vocab, token) & wanted]
+        return self._special
 
     def end_ids(self) -> set[int]:
         """Tokens that llama.cpp itself takes for the end of an answer."""

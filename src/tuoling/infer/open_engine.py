@@ -42,6 +42,8 @@ def open_engine(
     """
     file = gguf_file(path_or_id)
     if file is not None:
+        if base is not None or quantization_bit is not None:
+            console.warn(tr("a GGUF file has its base and bits in it", "GGUF 文件自带基座与位数，该选项无效"))
         return open_gguf(file, template=template, dtype=dtype, device=device)
     source = find_model(path_or_id, revision=revision, base=base, lora_alpha=lora_alpha)
     from tuoling.infer.torch_engine import TorchEngine

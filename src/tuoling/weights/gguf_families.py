@@ -288,7 +288,8 @@ def plan_tensors(
     if factors is not None:
         plans.append(TensorPlan("rope_freqs.weight", "", tuple(factors.shape), "f32", values=factors))
     have = {plan.name for plan in plans}
-    missing = sorted(_required(family, sizes.blocks) - have)
+    head = set() if tied else {"output.weight"}
+    missing = sorted((_required(family, sizes.blocks) | head) - have)
     surplus = sorted(have - _allowed(family, sizes.blocks))
     for names, en, zh in (
         (unknown + surplus, "tensors that llama.cpp has no place for", "llama.cpp 中没有位置的张量"),

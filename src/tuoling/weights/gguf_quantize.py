@@ -11,6 +11,7 @@ from tuoling.infer.llamacpp import last_error, llama_library
 from tuoling.language import tr
 from tuoling.models.adapters import some
 from tuoling.weights.gguf_file import BLOCK, require_gguf
+from tuoling.weights.gguf_reading import GgufFile
 
 FILE_TYPES = {
     "f32": 0,
@@ -68,18 +69,14 @@ def quantize_file(full: Path, out: Path, outtype: str, *, threads: int) -> dict[
 
 def fallbacks(file: Path, outtype: str) -> dict[str, str]:
     """Matrices whose rows are no multiple of the block that `outtype` wants → the type they have instead."""
-    gguf = require_gguf()
-    tensors = gguf.GGUFReader(str(file)).tensors
-    names = {tensor.name for tensor in tensors}
-    head = "output.weight" if "output.weight" in names else "token_embd.weight"
+    types = require_gguf().GGMLQuantizationType
+    tensors = GgufFile(file).stored
+    head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     found = {}
-    for tensor in tensors:
-        columns = int(tensor.shape[0])  # llama.cpp's order: the row's length first
-        large = (
-            outtype.endswith(("_k", "_k_s", "_k_m", "_k_l", "_xs")) or tensor.name == head
-        )  # the head is q6_k
-        if len(tensor.shape) > 1 and columns % (_LARGE_BLOCK if large else BLOCK):
-            found[tensor.name] = tensor.tensor_type.name.lower()
+    for name, tensor in tensors.items():
+        large = outtype.endswith(("_k", "_k_s", "_k_m", "_k_l", "_xs")) or name == head  # the head is q6_k
+        if len(tensor.shape) > 1 and tensor.shape[-1] % (_LARGE_BLOCK if large else BLOCK):
+            found[name] = types(tensor.kind).name.lower()
     return found
 
 
