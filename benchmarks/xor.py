@@ -6,7 +6,7 @@ Makes a base, one diff of --size-mib and a folder of as much in --files diffs, r
 then times in turns, ROUNDS times: `sha256sum` of the diff, Python's own SHA-256 of it, `cp` of it, the whole command
 `tuoling patch` on it (result checked and fsynced), the folder with 1 and with 2 workers (without the program's start),
 and, on LOOP_MIB only, BELLE's way: a generator over the bytes. The base's own hash is not asked for. Every result is
-compared once. --write leaves xor.md and xor.json beside this file. Needs five times the size on --folder's disk.
+compared once. --write leaves xor.md and xor.json beside this file. Needs six times the size on --folder's disk.
 """
 
 from __future__ import annotations

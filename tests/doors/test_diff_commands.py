@@ -66,7 +66,7 @@ def test_a_wrong_base(tmp_path: Path, meta: Path, model: Path) -> None:
         (("diff", "7B", "model", "out", "--format", "bsdiff"), "no such kind of diff", 2),
         (("diff", "7B", "model", "out", "--format", "xor", "--base-hash", "12"), "not an MD5 or SHA-256", 2),
         (("diff", "7B", "model", "out", "--format", "xor", "--base-hash", "0" * 32), "not the base", 1),
-        (("patch", "7B", "model", "out"), "no diff that is known", 1),
+        (("patch", "model", "7B", "out"), "no diff that is known", 1),
     ],
 )
 def test_bad_calls(

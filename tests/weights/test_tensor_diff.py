@@ -324,6 +324,15 @@ def test_codes_that_lie(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         delta_code.split_codes(stream(b"abcd"), 2, 1)
 
 
+def test_other_files_are_not_read_to_their_end(tmp_path: Path) -> None:
+    """A file whose first bytes would be a head of gigabytes."""
+    place = tmp_path / "big.bin"
+    with place.open("wb") as file:
+        file.write((3 << 30).to_bytes(8, "little") + b"{")
+        file.truncate(4 << 30)
+    assert not tensor_diff.is_tensor_diff(place)
+
+
 def test_what_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, tuned = pair
     save_file({"other": torch.ones(2, 2)}, tmp_path / "other.safetensors")

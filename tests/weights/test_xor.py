@@ -225,6 +225,36 @@ def test_what_is_there_is_kept(tmp_path: Path, key: Path, model: Path, encrypted
         diff(key, model, encrypted)
 
 
+def test_force_takes_the_old_diffs_away(tmp_path: Path, key: Path, model: Path, encrypted: Path) -> None:
+    """They have the old hash in their names; two diffs of one file could not be applied."""
+    (model / "config.json").write_bytes(b"changed")
+    diff(key, model, encrypted, replace=True)
+    assert len(contents(encrypted)) == len(contents(model))
+    patch(key, encrypted, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(model)
+
+
+def test_a_wrong_base_shows_on_the_smallest_file(
+    tmp_path: Path, key: Path, encrypted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    decrypt = xor_folder.decrypt_file
+
+    def told(item: xor.XorFile, mixer: xor.Mixer, *, staging: Path) -> object:
+        read.append(item.plain_name)
+        return decrypt(item, mixer, staging=staging)
+
+    monkeypatch.setattr(xor_folder, "decrypt_file", told)
+    next(encrypted.glob("empty.*")).unlink()
+    patch(key, encrypted, tmp_path / "out")
+    assert read[0] == "one" and read[1] == "pytorch_model-00001-of-00002.bin"
+    read.clear()
+    other = tmp_path / "other.pth"
+    other.write_bytes(bytes(byte ^ 1 for byte in key.read_bytes()))
+    refused(tmp_path, ModelError, "the result is wrong", other, encrypted, tmp_path / "out2", workers=3)
+    assert read == ["one"]
+
+
 def test_places_that_cannot_be_written(tmp_path: Path, key: Path, encrypted: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     refused(tmp_path, OutputError, "cannot write", key, encrypted, tmp_path / "file" / "out")

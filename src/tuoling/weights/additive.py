@@ -55,10 +55,13 @@ def make_additive_diff(base: Path, target: Path, out: Path, options: DiffOptions
             for name, info in weights.infos.items():
                 wanted = weights.read(name)
                 difference, made = _subtract(name, wanted, known, target)
-                recovered.add(made)
-                record["result"][name] = {"dtype": _short(info.dtype), "sha256": _sha256(made.to(info.dtype))}
-                recovered.compare(name, made.to(info.dtype), wanted)
                 writer.write(name, difference)
+                del difference
+                recovered.add(made)
+                made = made.to(info.dtype)
+                record["result"][name] = {"dtype": _short(info.dtype), "sha256": _sha256(made)}
+                recovered.compare(name, made, wanted)
+                del made, wanted  # nothing of this tensor lives while the next one is made
                 came(infos[name].size_bytes)
         record["integrity_sum"] = recovered.total
         _write_config(target, staging, torch.float32)
@@ -104,6 +107,7 @@ def apply_additive_diff(base: Path, diff: Path, out: Path, options: DiffOptions)
                 if said and _sha256(made) != said[name].sha256:
                     raise wrong(diff, tr(f"{name} has another hash", f"{name} 的哈希不符"))
                 writer.write(name, made)
+                del made
                 came(infos[name].size_bytes)
         report.proof, note = judge(recovered, options.expected_sum, record, diff)
         _write_config(diff, staging, next(iter(infos.values())).dtype)
@@ -143,7 +147,10 @@ class _Base:
         made = tensor.to(torch.float32, copy=True)
         rows = shape[0] - made.shape[0] if shape and made.dim() == len(shape) else 0
         if rows > 0 and made.dim() == 2:
-            mean = made.mean(dim=0, keepdim=True, dtype=torch.float64).to(torch.float32)
+            total = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in made.split(1024)]).sum(
+                dim=0
+            )
+            mean = (total / made.shape[0]).to(torch.float32)
             made = torch.cat([made, mean.expand(rows, -1)])
         if tuple(made.shape) != tuple(shape):
             raise ModelError(
@@ -187,7 +194,7 @@ def _subtract(
             remedy=tr("--format tuoling takes any numbers", "--format tuoling 适用于任何数值"),
         )
     base = known.read(name, tuple(wanted.shape))
-    difference = wanted.to(torch.float32) - base
+    difference = wanted.to(torch.float32, copy=True).sub_(base)
     if non_finite(difference):
         raise ModelError(
             tr(

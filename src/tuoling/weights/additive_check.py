@@ -13,6 +13,8 @@ from tuoling.language import tr
 
 ALPACA_7B_SUM = 50637.1836
 SUM_TOLERANCE = 0.01
+PART = 1 << 20
+"""Numbers at once where torch would copy a whole tensor into another type."""
 
 
 class Recovered:
@@ -28,12 +30,13 @@ class Recovered:
     def add(self, made: torch.Tensor) -> None:
         """Add up as Stanford's script does (float32, tensor by tensor, in their order), and exactly."""
         self._total_float32 = self._total_float32 + made.sum()
-        self.total += float(made.sum(dtype=torch.float64))
+        self.total += sum(float(part.sum(dtype=torch.float64)) for part in made.flatten().split(PART))
 
     def compare(self, name: str, made: torch.Tensor, wanted: torch.Tensor) -> None:
         """Remember where adding does not undo the subtraction."""
         if not torch.equal(made, wanted):
-            self._unlike[name] = float((made.float() - wanted.float()).abs().max())
+            pairs = zip(made.flatten().split(PART), wanted.flatten().split(PART), strict=True)
+            self._unlike[name] = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
 
     def adds_up_to(self, expected: float) -> bool:
         """Whether either sum is the published one; float32 loses up to some hundredths on the way."""

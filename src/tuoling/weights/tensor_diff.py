@@ -21,6 +21,9 @@ from tuoling.models.weight_files import SafetensorsHeader, damaged, read_header
 
 FORMAT = "tuoling-diff"
 VERSION = 1
+LARGEST_HEAD_BYTES = 100_000_000
+"""The limit of safetensors' own library."""
+
 _HASH_LENGTH = 64
 _LARGEST = 10**15
 """Longer than any offset, so that the head is not longer than the room left for it."""
@@ -119,9 +122,15 @@ def _longest(part: Part) -> Part:
 
 
 def is_tensor_diff(path: Path) -> bool:
-    """Whether a file says that it is one of ours; cheap."""
+    """Whether a file says that it is one of ours; cheap, whatever the file is."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEAD_BYTES or file.read(1) != b"{":
+            return False
     try:
-        return path.is_file() and read_header(path).metadata.get("format") == FORMAT
+        return read_header(path).metadata.get("format") == FORMAT
     except ModelError:
         return False
 

@@ -108,9 +108,12 @@ class BaseTensors:
         for candidate in (name, *other):
             info = self._source.infos.get(candidate)
             # more or fewer rows (a vocabulary that grew) are met as far as they go
-            if info is not None and list(info.shape[1:]) == list(shape[1:]) and len(info.shape) == len(shape):
+            if info is None or list(info.shape[1:]) != list(shape[1:]) or len(info.shape) != len(shape):
+                continue
+            wanted = DTYPE_NAMES[dtype]
+            if wanted == info.dtype or (wanted.is_floating_point and info.dtype.is_floating_point):
                 self.met += 1
-                return candidate, None if DTYPE_NAMES[dtype] == info.dtype else dtype
+                return candidate, None if wanted == info.dtype else dtype
         self._unlike.append(name)
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,8 @@ from tuoling.weights.xor import (
 )
 
 META_FIRST_SHARD = "consolidated.00.pth"
+PROBE_BYTES = 16 << 20
+"""A file up to this size, some hundredths of a second, goes before all others, so that a wrong base shows at once."""
 
 
 def make_xor_diff(
@@ -45,8 +48,9 @@ def make_xor_diff(
         named = out.suffix == ".enc" and not out.is_dir()
         folder = out.parent if named else out
         items = [XorFile(target, target.name, target.stat().st_size, out.name if named else None)]
+    old = _diffs_there(folder, items)
     if not options.replace:
-        _refuse_made(folder, items, options.checksums_out)
+        refuse_existing([*old, *([options.checksums_out] if options.checksums_out else [])])
     report = DiffReport("xor", out, base, left_out=left_out)
     if options.check_base:
         report.base_checked_by = check_base(base, options.base_hash, None)
@@ -56,21 +60,25 @@ def make_xor_diff(
         report.files = run(partial(encrypt_file, staging=staging), items, base, options, block_bytes)
         if options.checksums_out is not None:
             digests = stage_digests(base, items, report.files, staging, options.workers)
+    for place in set(old) - {
+        folder / one.name for one in report.files
+    }:  # of other content, so of another name
+        place.unlink()
     if options.checksums_out is not None:
         write_checksums(options.checksums_out, digests)
     return report
 
 
-def _refuse_made(folder: Path, items: Sequence[XorFile], checksums_out: Path | None) -> None:
-    """Raise OutputError where there are diffs of the same files already, whatever the hash in their names."""
-    planned = [checksums_out] if checksums_out else []
+def _diffs_there(folder: Path, items: Sequence[XorFile]) -> list[Path]:
+    """Diffs of the same files, whatever the hash in their names."""
+    there = []
     for item in items:
+        place = folder / (item.output_name or item.plain_name)
         if item.output_name:
-            planned.append(folder / item.output_name)
+            there += [place] if os.path.lexists(place) else []
         else:
-            place = folder / item.plain_name
-            planned += [there for there in place.parent.glob("*.enc") if plain_name(there.name) == place.name]
-    refuse_existing(planned)
+            there += [enc for enc in place.parent.glob("*.enc") if plain_name(enc.name) == place.name]
+    return there
 
 
 def apply_xor_diff(
@@ -112,9 +120,10 @@ def run(
     options: DiffOptions,
     block_bytes: int,
 ) -> list[MadeFile]:
-    """All files: the smallest first, since a wrong base shows there in no time, then the largest, for even threads."""
+    """All files: the smallest first, alone, as a probe; then from the largest down, for even threads."""
     by_size = sorted(items, key=lambda item: (item.size_bytes, item.plain_name))
-    first, rest = by_size[:1], by_size[:0:-1]
+    probes = 1 if by_size[0].size_bytes <= PROBE_BYTES else 0
+    first, rest = by_size[:probes], by_size[probes:][::-1]
     total = sum(item.size_bytes for item in items) >> 20
     with workers(options.workers) as threads, console.progress() as bar:
         task = bar.add_task("MiB", total=total, detail="")
