@@ -308,7 +308,15 @@ def test_an_unknown_character_costs_what_it_did() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import Unigram
 
-    pieces = [("<unk>", 0.0), ("x", -39.0), ("p", -30.0), ("pc", -15.0), ("xp", -1.0), ("z", -60.0), ("y", -59.0)]
+    pieces = [
+        ("<unk>", 0.0),
+        ("x", -39.0),
+        ("p", -30.0),
+        ("pc", -15.0),
+        ("xp", -1.0),
+        ("z", -60.0),
+        ("y", -59.0),
+    ]
     full = Tokenizer(Unigram(pieces, 0, False))
     state = TokenizerState(full.to_str())
     counts = np.zeros(len(pieces), dtype=np.int64)
