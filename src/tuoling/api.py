@@ -41,6 +41,7 @@ def load(
     *,
     template: str | None = None,
     base: str | None = None,
+    lora_alpha: float | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -50,6 +51,7 @@ def load(
     """Load a run, an adapter, a model folder or a hub id; base, template and stops come from what lies there.
 
     template: another template than the one it was tuned with. base: where an adapter's base lies now.
+    lora_alpha: of an adapter whose files do not say it.
     dtype:    auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
     quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
     Raises ModelError or TemplateError.
@@ -61,6 +63,7 @@ def load(
             str(path_or_id),
             template=template,
             base=base,
+            lora_alpha=lora_alpha,
             revision=revision,
             dtype=dtype,
             device=device,

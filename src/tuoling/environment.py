@@ -215,6 +215,16 @@ def peak_rss_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
+def private_memory_bytes() -> int | None:
+    """Memory that only this process holds (anonymous and shared pages, no mapped files); None where unknown."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    sizes = {name: value for name, _, value in (line.partition(":") for line in status.splitlines())}
+    return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
 def disk_free_bytes(path: Path) -> int:
     """Free space on the file system that holds `path` or its nearest existing parent.
 

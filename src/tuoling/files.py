@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -107,6 +107,51 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_files(folder: Path | str, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder; when the block ends, the files in it are renamed into `folder`: all of them or none.
+
+    `folder` may be there already. Raises OutputError where one of its files would be replaced, unless `replace`.
+    """
+    folder = Path(folder)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=".part"))
+        yield temporary
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        places = [folder / file.relative_to(temporary) for file in files]
+        if not replace:
+            refuse_existing(places)
+        for file in files:
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        for file, place in zip(files, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+            _fsync_dir(place.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds what was made
+                parent.rmdir()
+
+
+def refuse_existing(places: Iterable[Path]) -> None:
+    """Raise OutputError if something lies at one of `places`."""
+    for place in places:
+        if os.path.lexists(place):
+            raise OutputError(
+                tr("already exists", "已经存在"),
+                where=str(place),
+                remedy=tr("choose another place, or --force", "换一个位置，或加 --force"),
+            )
 
 
 def require_writable(folder: Path) -> None:

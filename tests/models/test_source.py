@@ -133,9 +133,15 @@ def test_a_base_relative_to_the_adapter(model: Path, tmp_path: Path) -> None:
     assert source.base is not None and source.base.config["hidden_size"] == 32
 
 
-def test_a_changed_base_is_warned_of(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_base_is_refused_unless_it_is_asked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = {"path": str(model), "config_sha256": "0" * 64}
-    find_model(make_adapter(tmp_path / "a", "x", template="alpaca", base=record))
+    adapter = make_adapter(tmp_path / "a", "x", template="alpaca", base=record)
+    with pytest.raises(ModelError, match="not the one this adapter was trained on") as caught:
+        find_model(adapter)
+    assert f"--base {model}" in str(caught.value.remedy)
+    assert find_model(adapter, base=str(model)).weights_path == model
     assert "not the one this adapter was trained on" in capsys.readouterr().err
 
 

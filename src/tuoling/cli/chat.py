@@ -32,6 +32,10 @@ Template = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", help=tr("where the adapter's base lies", "适配器的基座位置"))
 ]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option("--lora-alpha", help=tr("of an adapter that does not say it", "适配器未写明时的 alpha")),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help=tr("hub revision", "模型库版本"))]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto | bf16 | fp16 | fp32")]
 Device = Annotated[str, typer.Option("--device", help="auto | cpu | cuda | mps")]
@@ -84,6 +88,7 @@ def command(
     template: Template = None,
     system: Annotated[str | None, typer.Option("--system", help=tr("system prompt", "系统提示"))] = None,
     base: Base = None,
+    lora_alpha: LoraAlpha = None,
     max_new_tokens: MaxNewTokens = None,
     do_sample: Sample = None,
     temperature: Temperature = None,
@@ -127,6 +132,7 @@ def command(
         run_or_model,
         template=template,
         base=base,
+        lora_alpha=lora_alpha,
         revision=revision,
         dtype=dtype,
         device=device,

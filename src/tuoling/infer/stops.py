@@ -1,8 +1,39 @@
-"""Stop strings on growing text: nothing of one is ever shown, and nothing else is held back for long."""
+"""Where a reply ends. Stop strings on growing text: nothing of one is ever shown, and nothing else is held back for long."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+
+from tuoling.infer.engine import FinishReason, Reply
+from tuoling.text.tokenizer import TextTokenizer
+
+
+def reply_of(
+    ids: list[int],
+    prompt_tokens: int,
+    tokenizer: TextTokenizer,
+    end_ids: Collection[int],
+    stops: Sequence[str],
+    *,
+    cancelled: bool,
+) -> Reply:
+    """Cut generated ids at the end token, at a stop string, and say why they end."""
+    reason: FinishReason = "length"
+    end = next((index for index, token in enumerate(ids) if token in end_ids), None)
+    if end is not None:
+        ids, reason = ids[:end], "stop"
+    text = tokenizer.decode(ids)
+    before = cut_at_stop(text, stops)
+    if before is not None:
+        # the fewest tokens whose text holds the stop
+        count = bisect_left(
+            range(len(ids)), True, key=lambda n: cut_at_stop(tokenizer.decode(ids[:n]), stops) is not None
+        )
+        ids, text, reason = ids[:count], before, "stop"
+    if reason == "length" and cancelled:
+        reason = "cancelled"
+    return Reply(text, tuple(ids), reason, prompt_tokens, len(ids))
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str | None:

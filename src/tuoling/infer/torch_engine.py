@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -23,14 +22,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from tuoling import console
 from tuoling.infer.engine import (
-    FinishReason,
     GenerationSettings,
     Piece,
     PromptTooLong,
     Reply,
     Score,
 )
-from tuoling.infer.stops import StopFilter, cut_at_stop
+from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
 from tuoling.language import tr
 from tuoling.text.conversation import IGNORE_INDEX, Conversation
 from tuoling.text.templates import Template
@@ -238,25 +236,9 @@ class TorchEngine:
     def _reply(
         self, ids: list[int], prompt_tokens: int, settings: GenerationSettings, cancel: Event | None
     ) -> Reply:
-        """Cut generated ids at the end token, at a stop string, and say why they end."""
-        reason: FinishReason = "length"
-        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
-        if end is not None:
-            ids, reason = ids[:end], "stop"
-        text = self.tokenizer.decode(ids)
         stops = (*self.stops, *settings.stop)
-        before = cut_at_stop(text, stops)
-        if before is not None:
-            # the fewest tokens whose text holds the stop
-            count = bisect_left(
-                range(len(ids)),
-                True,
-                key=lambda n: cut_at_stop(self.tokenizer.decode(ids[:n]), stops) is not None,
-            )
-            ids, text, reason = ids[:count], before, "stop"
-        if reason == "length" and cancel is not None and cancel.is_set():
-            reason = "cancelled"
-        return Reply(text, tuple(ids), reason, prompt_tokens, len(ids))
+        cancelled = cancel is not None and cancel.is_set()
+        return reply_of(ids, prompt_tokens, self.tokenizer, self.end_ids, stops, cancelled=cancelled)
 
     # -- likelihood --------------------------------------------------------------------------------------------
 

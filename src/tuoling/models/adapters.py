@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tuoling import console
 from tuoling.errors import ConfigError, ModelError
-from tuoling.files import read_json
 from tuoling.language import tr
-from tuoling.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tuoling.models.adapter_files import ADAPTER_CONFIG
+from tuoling.models.adapter_reading import Adapter, read_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,93 +79,81 @@ def _short_names(inside: Iterable[str], linear: Iterable[str]) -> list[str]:
     )
 
 
-def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+def attach_adapter(
+    model: PreTrainedModel, folder: Path, *, trainable: bool, lora_alpha: float | None = None
+) -> PeftModel:
     """Put the adapter in `folder` onto its base, strictly: every tensor is named, shaped and used.
 
-    Raises ModelError for another base, another shape, or a file that holds too much or too little.
+    lora_alpha: for an adapter whose files do not say it. Raises ModelError for another base, another shape, or a
+    file that holds too much or too little.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    config = _adapter_config(folder)
-    config.inference_mode = not trainable
-    state = read_adapter_tensors(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = PeftModel(model, config) if config.task_type is None else _typed(model, config)
-    except ValueError as error:
-        raise _does_not_fit(folder, str(error).split("\n")[0]) from error
-    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    _compare(folder, expected, state)
-    set_peft_model_state_dict(wrapped, state)
+    adapter = read_adapter(folder, lora_alpha=lora_alpha)
+    for line in adapter.notes:
+        console.note(line)
+    wrapped = wrap(model, adapter, trainable=trainable)
+    on_meta = next(model.parameters()).is_meta
+    set_peft_model_state_dict(wrapped, dict(adapter.tensors), low_cpu_mem_usage=on_meta)
     return wrapped
 
 
-def _typed(model: PreTrainedModel, config: Any) -> PeftModel:
-    from peft import PeftModel, PeftModelForCausalLM
+def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -> PeftModel:
+    """The model with empty adapter layers that `adapter`'s tensors fill exactly; a model on meta stays there.
 
-    return (
-        PeftModelForCausalLM(model, config) if config.task_type == "CAUSAL_LM" else PeftModel(model, config)
-    )
+    An adapter that was saved with embeddings of more or fewer rows brings the model to its size. Raises ModelError
+    where names or shapes differ.
+    """
+    from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 
-
-def _adapter_config(folder: Path) -> Any:
-    from peft import PeftConfig
-
-    raw = read_json(folder / ADAPTER_CONFIG)
-    if raw.get("enable_lora"):
-        raise ModelError(
-            tr(
-                "an adapter of PEFT 0.2 with enable_lora cannot be read yet",
-                "暂不支持带 enable_lora 的 PEFT 0.2 适配器",
-            ),
-            where=str(folder / ADAPTER_CONFIG),
-        )
+    config = peft_config(adapter)
+    config.inference_mode = not trainable
+    _fit_vocabulary(model, adapter)
+    on_meta = next(model.parameters()).is_meta
+    kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftConfig.from_pretrained(str(folder))
+            wrapped = kind(model, config, low_cpu_mem_usage=on_meta)
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
+    except ValueError as error:
+        raise _does_not_fit(adapter.folder, str(error).split("\n")[0]) from error
+    saved_too = {name: tensor for name, tensor in embeddings.items() if name in adapter.tensors}
+    _compare(adapter.folder, {**expected, **saved_too}, adapter.tensors)
+    return wrapped
+
+
+def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Resize the embeddings to the rows that the adapter was saved with, where it holds whole ones."""
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    ends = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_in", "embed_out")
+    saved = {
+        tensor.shape[0]
+        for name, tensor in adapter.tensors.items()
+        if name.removesuffix(".weight").removesuffix(".base_layer").endswith(ends) and tensor.ndim == 2
+    }
+    if len(saved) == 1 and saved != {rows}:
+        model.resize_token_embeddings(saved.pop(), mean_resizing=False)
+
+
+def peft_config(adapter: Adapter) -> Any:
+    """The adapter's config as PEFT's own object. Raises ModelError where PEFT does not take it."""
+    from peft import PeftConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftConfig.from_peft_type(**adapter.config)
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(
             tr(f"not a usable adapter config: {error}", f"适配器配置不可用：{error}"),
-            where=str(folder / ADAPTER_CONFIG),
+            where=str(adapter.folder / ADAPTER_CONFIG),
         ) from error
 
 
-def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by their names on disk: safetensors first, else a pickle read with weights_only."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise ModelError(
-            tr("the adapter has no weights", "适配器没有权重文件"),
-            where=str(folder),
-            remedy=tr(f"expected {ADAPTER_WEIGHTS[0]}", f"应当有 {ADAPTER_WEIGHTS[0]}"),
-        )
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ModelError(
-            tr(f"the file is damaged or cut short: {error}", f"文件损坏或不完整：{error}"), where=str(path)
-        ) from error
-    if not state:
-        raise ModelError(
-            tr("the adapter file is empty: it holds no tensor", "适配器文件是空的：没有任何张量"),
-            where=str(path),
-            remedy=tr(
-                "saved by a tool that filtered the weights twice; take them from a checkpoint of the same training",
-                "保存它的工具把权重过滤了两次；请从同一次训练的检查点中取权重",
-            ),
-        )
-    return dict(state)
-
-
-def _compare(folder: Path, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def _compare(folder: Path, expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         parts = []

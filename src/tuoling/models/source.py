@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,17 @@ from tuoling.errors import DataError, ModelError
 from tuoling.families import OTHER, Family, family_of
 from tuoling.files import manifest_problems, read_json, sha256_file, sha256_text
 from tuoling.language import tr
+from tuoling.models.adapter_files import (
+    ADAPTER_WEIGHTS,
+    adapter_config_file,
+    is_adapter_folder,
+)
 from tuoling.models.quantization import PLAIN, Quantization
 
 TEMPLATE_FILE = "template.json"
 """Beside every model and adapter we save: {"template", "stops", "system", "max_seq_len"} and for an adapter "base":
 {"path", "named" (as the user gave it), "config_sha256"} and, where it was trained on a quantised base, "quantization":
 {"quantization_bit", "quantization_type", "double_quantization"}."""
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", re.ASCII)
 
@@ -37,6 +40,7 @@ class ModelSource:
     config:   config.json of the model (of the base, for an adapter).
     run:      run.json, where the folder is a run.
     quantization: how the base was kept in memory when an adapter was trained.
+    lora_alpha: as the user gave it, for an adapter whose files do not say.
     """
 
     kind: Literal["run", "adapter", "model"]
@@ -51,11 +55,12 @@ class ModelSource:
     max_seq_len: int | None = None
     name: str = ""
     quantization: Quantization = PLAIN
+    lora_alpha: float | None = None
 
     @property
     def is_adapter(self) -> bool:
         """True where `path` holds an adapter and `base` the weights below it."""
-        return (self.path / ADAPTER_CONFIG).is_file()
+        return self.base is not None
 
     @property
     def weights_path(self) -> Path:
@@ -69,7 +74,8 @@ class ModelSource:
             for file in (*weight_files(self.path), *(self.path / name for name in ADAPTER_WEIGHTS))
             if file.is_file()
         ]
-        return sha256_text("\n".join([*entries, self.base.fingerprint() if self.base else ""]))
+        alpha = "" if self.lora_alpha is None else f"\nalpha {self.lora_alpha}"
+        return sha256_text("\n".join([*entries, (self.base.fingerprint() if self.base else "") + alpha]))
 
     @property
     def run_folder(self) -> Path:
@@ -79,22 +85,27 @@ class ModelSource:
 
 
 def find_model(
-    path_or_id: str | Path, *, revision: str | None = None, base: str | None = None
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    lora_alpha: float | None = None,
 ) -> ModelSource:
     """Find a run, an adapter or a model: a local path first, then a hub id.
 
-    base: use this base instead of the one that an adapter names.
+    base: use this base instead of the one that an adapter names. lora_alpha: of an adapter that does not say it.
     Raises ModelError where nothing is there; a string that looks like a path is never tried as a hub id.
     """
     asked = str(path_or_id)
     local = Path(asked).expanduser()
     if local.exists():
-        return _read(local, name=asked, base=base)
+        return replace(_read(local, name=asked, base=base), lora_alpha=lora_alpha)
     if not is_hub_id(asked):
         raise _no_such_path(asked, local)
     from tuoling.models.hub import fetch
 
-    return _read(fetch(asked, revision=revision), name=asked, base=base)
+    found = _read(fetch(asked, revision=revision), name=asked, base=base)
+    return replace(found, lora_alpha=lora_alpha)
 
 
 def is_hub_id(asked: str) -> bool:
@@ -127,7 +138,7 @@ def _read(folder: Path, *, name: str, base: str | None) -> ModelSource:
     place = folder if run is None else _weights_of_run(folder)
     if run is None and (folder.parent / "run.json").is_file() and folder.name.startswith("checkpoint-"):
         run = _read_object(folder.parent / "run.json")
-    if (place / ADAPTER_CONFIG).is_file():
+    if is_adapter_folder(place):
         return _adapter(place, name=name, run=run, base=base)
     return _model(place, name=name, run=run)
 
@@ -144,7 +155,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def has_weights(folder: Path) -> bool:
     """True where a folder holds a whole model's weights or an adapter's."""
-    return any((folder / weights).is_file() for weights in ADAPTER_WEIGHTS) or bool(weight_files(folder))
+    return any((folder / name).is_file() for name in ADAPTER_WEIGHTS) or bool(weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -245,6 +256,9 @@ def _what_is_there(folder: Path) -> str:
     if not names:
         return tr("the folder is empty", "目录是空的")
     inner = [name for name in names if (folder / name / "config.json").is_file()]
+    inner += [
+        name for name in reversed(names) if (folder / name).is_dir() and is_adapter_folder(folder / name)
+    ]
     if inner:
         return tr(f"did you mean {folder / inner[0]}?", f"是不是想写 {folder / inner[0]}？")
     shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
@@ -253,12 +267,17 @@ def _what_is_there(folder: Path) -> str:
 
 def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> ModelSource:
     said = record.get("base") or {}
-    named = asked or said.get("path") or _read_object(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+    config_file = adapter_config_file(place)
+    in_config = {} if config_file is None else _read_object(config_file)
+    named = asked or said.get("path") or in_config.get("base_model_name_or_path")
     if not named:
         raise ModelError(
             tr("the adapter does not say which base model it belongs to", "该适配器没有写明它的基座模型"),
-            where=str(place / ADAPTER_CONFIG),
-            remedy=tr("name it: --base PATH_OR_ID", "请指定：--base 路径或编号"),
+            where=str(config_file or place),
+            remedy=tr(
+                "name it: --base PATH_OR_ID (train: --model BASE adapter_name_or_path=ADAPTER)",
+                "请指定：--base 路径或编号（train：--model 基座 adapter_name_or_path=适配器）",
+            ),
         )
     wanted_hash = said.get("config_sha256")
     found = asked or _moved_base(place, str(named), wanted_hash)
@@ -282,12 +301,20 @@ def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> Mod
             remedy=tr("merge it into its own base first", "请先把它合并进自己的基座"),
         )
     if wanted_hash and sha256_file(base.path / "config.json") != wanted_hash:
-        console.warn(
-            tr(
-                f"the base at {base.path} is not the one this adapter was trained on: its config.json differs",
-                f"{base.path} 不是训练该适配器时的基座：config.json 不同",
-            )
+        differs = tr(
+            f"the base at {base.path} is not the one this adapter was trained on: its config.json differs",
+            f"{base.path} 不是训练该适配器时的基座：config.json 不同",
         )
+        if not asked:
+            raise ModelError(
+                differs,
+                where=str(place),
+                remedy=tr(
+                    f"name the right one: --base PATH_OR_ID; to use this one all the same: --base {base.path}",
+                    f"请指定正确的基座：--base 路径或编号；仍要用它：--base {base.path}",
+                ),
+            )
+        console.warn(differs)
     return base
 
 

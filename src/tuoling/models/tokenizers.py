@@ -10,6 +10,7 @@ from tuoling import console, environment
 from tuoling.errors import DataError, ModelError
 from tuoling.files import read_json
 from tuoling.language import tr
+from tuoling.models.adapter_files import is_adapter_folder
 from tuoling.models.source import ModelSource, find_model, is_hub_id
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _find_file(source: ModelSource | str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "run.json").is_file() or (path / "adapter_config.json").is_file():
+        if (path / "run.json").is_file() or is_adapter_folder(path):
             return _find_file(find_model(str(path)))
         return _first_file([path])
     if is_hub_id(str(source)):

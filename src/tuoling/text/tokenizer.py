@@ -96,6 +96,11 @@ class TextTokenizer:
         beyond = [text for text, token_id in self.hf.get_vocab().items() if token_id >= rows]
         return sorted(beyond) if all(text in self._special_ids for text in beyond) else None
 
+    @property
+    def marks_after_special(self) -> bool:
+        """Whether text behind a special token begins with a word mark."""
+        return self._mark_after_special
+
     def is_special(self, token_id: int) -> bool:
         """True for ids of special tokens."""
         return token_id in self._special_numbers

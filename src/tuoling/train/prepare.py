@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tuoling import environment, files
+from tuoling import environment
 from tuoling.data.store import StoreReport
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
 from tuoling.models import quantization as low_bit
+from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.load import load_tokenizer
 from tuoling.models.shape import linear_weights, lora_parameters, meta_model, shape_of
@@ -171,7 +172,10 @@ def _find_source(config: RunConfig) -> ModelSource:
     """The model to start from, with an adapter on it where one is named."""
     named = str(config.model_name_or_path)
     if config.adapter_name_or_path:
-        source = find_model(config.adapter_name_or_path, base=named, revision=config.model_revision)
+        alpha = float(config.lora_alpha) if "lora_alpha" in config.model_fields_set else None
+        source = find_model(
+            config.adapter_name_or_path, base=named, revision=config.model_revision, lora_alpha=alpha
+        )
     else:
         source = find_model(named, revision=config.model_revision)
     if source.is_adapter and config.finetuning_type != "lora":
@@ -230,8 +234,7 @@ def model_size(model: Any, source: ModelSource, config: RunConfig) -> ModelSize:
     """Parameters, and those that will be trained, from the shapes alone. model: on the meta device."""
     if not source.is_adapter:
         return shape_size(model, config)
-    adapter = files.read_json(source.path / "adapter_config.json")
-    return shape_size(model, config, lora_parameters(model, adapter["target_modules"], adapter["r"]))
+    return shape_size(model, config, read_adapter(source.path, lora_alpha=source.lora_alpha).parameters)
 
 
 def shape_size(model: Any, config: RunConfig, adapter: int | None = None) -> ModelSize:

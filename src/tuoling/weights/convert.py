@@ -12,11 +12,16 @@ from zipfile import BadZipFile, ZipFile
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import read_json
 from tuoling.language import tr
+from tuoling.models.adapter_files import is_adapter_folder
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
     ("old-gptq", "hf"): "tuoling.weights.gptq_convert:convert_old_gptq",
     ("gptq", "hf"): "tuoling.weights.gptq_dense:convert_gptq",
+    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
+    ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
+    ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
+    ("meta", "meta"): "tuoling.weights.meta:reshard",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
@@ -102,8 +107,8 @@ def _is_adapter(path: Path) -> bool:
     """PEFT's files, or a Trainer's checkpoint that has weights and no model's config."""
     if path.is_file():
         return path.name.startswith("adapter_model.")
-    named = any((path / name).is_file() for name in ("adapter_config.json", "adapter_model.bin"))
-    return named or ((path / "pytorch_model.bin").is_file() and not (path / "config.json").is_file())
+    bare = (path / "pytorch_model.bin").is_file() and not (path / "config.json").is_file()
+    return bare or is_adapter_folder(path)
 
 
 def _is_old_gptq(path: Path) -> bool:

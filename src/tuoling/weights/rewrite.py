@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def convert_huggingface(source: Path, out: Path, options: ConvertOptions) -> Rep
             for name in infos:
                 tensor = weights.read(name)
                 writer.write(name, cast(name, tensor, dtype, allow_nan=options.allow_nan, where=source))
-        write_json(folder / "config.json", _config(source, dtype))
+        write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
         copy_companions(source, folder)
     return Report(out, tensors=len(infos), size_bytes=size)
 
@@ -87,9 +88,9 @@ def shard_size_bytes(total_bytes: int, shards: int | None) -> int:
     return SHARD_SIZE_BYTES if shards is None else -(-total_bytes // shards)
 
 
-def _config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    config: dict[str, Any] = read_json(source / "config.json")
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    return config
+def with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json after its weights were written as `dtype` (None: as they were)."""
+    if dtype is None:
+        return dict(config)
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return {**kept, "dtype": str(dtype).removeprefix("torch.")}

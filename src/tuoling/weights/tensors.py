@@ -134,8 +134,8 @@ class SafetensorsFile:
             return torch.empty(info.shape, dtype=info.dtype)
         if self._bytes is None:
             size = self.path.stat().st_size
-            storage = torch.UntypedStorage.from_file(str(self.path), False, size)
-            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            storage: Any = torch.UntypedStorage.from_file(str(self.path), False, size)
+            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
         start = self._starts[name]
         raw = self._bytes[start : start + info.size_bytes]
         if (
@@ -242,6 +242,10 @@ def open_weights(folder_or_file: Path) -> TensorSource:
     if folder_or_file.is_file():
         return _open_file(folder_or_file)
     files = weight_files(folder_or_file)
+    if not files and any(folder_or_file.glob("consolidated.*.pth")):
+        from tuoling.weights.meta_layout import MetaCheckpoint
+
+        return MetaCheckpoint(folder_or_file)
     if not files:
         raise ModelError(tr("the folder has no weights", "目录中没有权重文件"), where=str(folder_or_file))
     whole = folder_or_file / "model.safetensors"
@@ -406,7 +410,8 @@ def split_shards(infos: Mapping[str, TensorInfo], shard_size_bytes: int) -> list
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    numbers: Any = flat.view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 def write_at(file: IO[bytes], data: bytes | memoryview, start: int) -> None:

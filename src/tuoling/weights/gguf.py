@@ -1,0 +1,237 @@
+"""A model folder, run or adapter as a GGUF file for llama.cpp: `tuoling convert MODEL OUT.gguf --outtype q4_k_m`.
+
+f32, f16, bf16 and q8_0 are written here, with no compiler and no checkout of llama.cpp. Lower types are made of such
+a file by llama.cpp's own quantiser (`gguf_quantize.py`). An adapter is merged into its base first.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuoling import console, environment
+from tuoling.errors import UsageError
+from tuoling.files import cannot_write, read_json, require_writable
+from tuoling.infer import gguf_keys
+from tuoling.language import tr
+from tuoling.models.source import ModelSource
+from tuoling.models.tokenizers import load_tokenizer
+from tuoling.text.templates import Template, choose_template
+from tuoling.weights.gguf_families import gguf_family, plan_tensors, read_sizes, write_sizes
+from tuoling.weights.gguf_file import write_gguf
+from tuoling.weights.gguf_quantize import FILE_TYPES, fallback_note, quantize_file
+from tuoling.weights.gguf_tokenizer import read_vocabulary, write_vocabulary
+
+if TYPE_CHECKING:
+    from tuoling.text.tokenizer import TextTokenizer
+    from tuoling.weights.tensors import TensorSource
+
+OWN_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""What is written here; the others are made by llama.cpp."""
+
+
+@dataclass
+class GgufReport:
+    """fell_back: tensors whose rows are no multiple of the block → the type they were written in."""
+
+    outtype: str
+    tensors: int
+    size_bytes: int
+    notes: list[str] = field(default_factory=list)
+    fell_back: dict[str, str] = field(default_factory=dict)
+
+
+def write_model(
+    source: ModelSource,
+    out: Path,
+    outtype: str = "f16",
+    *,
+    weights: TensorSource,
+    pre_tokenizer: str | None = None,
+    allow_nan: bool = False,
+    threads: int | None = None,
+) -> GgufReport:
+    """Write `out` from a model's files and `weights`, which are a merged adapter's where it is one.
+
+    Raises ModelError for a family or tokenizer that llama.cpp lacks, UsageError for an unknown type.
+    """
+    if outtype not in FILE_TYPES:
+        raise UsageError(
+            tr(f"no type is called {outtype}", f"没有名为 {outtype} 的类型"),
+            where="outtype",
+            remedy=" | ".join(FILE_TYPES),
+        )
+    require_writable(out.absolute().parent)
+    if outtype in OWN_TYPES:
+        return _write_own(source, out, outtype, weights, pre_tokenizer, allow_nan)
+    try:
+        scratch = tempfile.TemporaryDirectory(
+            dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"
+        )
+    except OSError as error:
+        raise cannot_write(out.parent, error) from error
+    with scratch as folder:
+        full = Path(folder) / "full.gguf"
+        report = _write_own(source, full, _lossless(weights), weights, pre_tokenizer, allow_nan)
+        report.fell_back = quantize_file(full, out, outtype, threads=threads or environment.cpu_count())
+    report.outtype, report.size_bytes = outtype, out.stat().st_size
+    report.notes += fallback_note(report.fell_back)
+    return report
+
+
+def _lossless(weights: TensorSource) -> str:
+    """The smallest type that holds every weight as it is."""
+    names = {str(info.dtype).removeprefix("torch.") for info in weights.infos.values() if len(info.shape) > 1}
+    return {("bfloat16",): "bf16", ("float16",): "f16"}.get(tuple(names), "f32")
+
+
+def _write_own(
+    source: ModelSource,
+    out: Path,
+    outtype: str,
+    weights: TensorSource,
+    pre_tokenizer: str | None,
+    allow_nan: bool,
+) -> GgufReport:
+    where = str(source.weights_path)
+    family = gguf_family(source.config, where)
+    tokenizer = load_tokenizer(source, for_training=False)
+    plans = plan_tensors(family, source.config, weights.infos, outtype, where)
+    sizes = read_sizes(source.config, family)
+    rows = next(plan.shape[0] for plan in plans if plan.name == "token_embd.weight")
+    vocabulary = read_vocabulary(tokenizer, rows, pre_tokenizer=pre_tokenizer)
+    template, reason = choose_template(
+        requested=None, saved=source.template, tokenizer=tokenizer, family_default=source.family.template
+    )
+    report = GgufReport(outtype, len(plans), 0, [reason, *vocabulary.notes])
+    report.fell_back = {
+        plan.name: plan.type for plan in plans if len(plan.shape) > 1 and plan.type != outtype
+    }
+
+    def metadata(writer: Any) -> None:
+        _write_general(writer, source, outtype)
+        write_sizes(sizes, family.arch)(writer)
+        writer.add_uint32(f"{family.arch}.vocab_size", rows)
+        write_vocabulary(writer, vocabulary)
+        _write_special(writer, tokenizer)
+        report.notes += _write_template(writer, source, tokenizer, template)
+
+    with console.progress() as bar:
+        total = sum(plan.size_bytes for plan in plans)
+        task = bar.add_task(tr("writing", "写入"), total=total, detail="")
+        report.size_bytes = write_gguf(
+            out,
+            family.arch,
+            metadata,
+            plans,
+            weights,
+            allow_nan=allow_nan,
+            step=lambda size_bytes: bar.update(task, advance=size_bytes),
+        )
+    report.notes += fallback_note(report.fell_back) if outtype == "q8_0" else []
+    return report
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------
+
+
+def _write_general(writer: Any, source: ModelSource, outtype: str) -> None:
+    """Name, licence, and what the model was made of: nothing that says where it lay."""
+    writer.add_type("model")
+    writer.add_name(Path(source.name).name or source.run_folder.name)
+    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_quantization_version(2)
+    licence = source.family.licence or ((source.run or {}).get("base") or {}).get("licence")
+    licence = licence or _front_matter(source.weights_path / "README.md").get("license")
+    if licence:
+        writer.add_license(licence)
+    run = source.run or {}
+    base, data = run.get("base") or {}, run.get("data") or {}
+    if base.get("named"):
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, Path(str(base["named"])).name)
+    record = {
+        "tuoling": environment.versions().get("tuoling"),
+        "base": {key: base.get(key) for key in ("config_sha256", "family", "licence") if base.get(key)},
+        "data_key": data.get("key"),
+        "seed": run.get("seed"),
+    }
+    writer.add_string(
+        gguf_keys.PROVENANCE, json.dumps({k: v for k, v in record.items() if v}, ensure_ascii=False)
+    )
+
+
+def _front_matter(card: Path) -> dict[str, str]:
+    """`key: value` lines at the head of a model card."""
+    if not card.is_file():
+        return {}
+    head, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    if head.strip():
+        return {}
+    lines = rest.partition("\n---")[0].splitlines()
+    return {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in lines)
+        if value.strip()
+    }
+
+
+def _write_special(writer: Any, tokenizer: TextTokenizer) -> None:
+    hf = tokenizer.hf
+    for write, index in (
+        (writer.add_bos_token_id, tokenizer.bos_id),
+        (writer.add_eos_token_id, tokenizer.eos_id),
+        (writer.add_pad_token_id, tokenizer.pad_id),
+        (writer.add_unk_token_id, hf.unk_token_id),
+    ):
+        if index is not None:
+            write(index)
+    writer.add_add_bos_token(tokenizer.adds_bos)
+    writer.add_add_eos_token(False)
+    writer.add_bool(gguf_keys.MARKS_AFTER_SPECIAL, tokenizer.marks_after_special)
+
+
+def _write_template(
+    writer: Any, source: ModelSource, tokenizer: TextTokenizer, template: Template
+) -> list[str]:
+    """Our template by its id, and as jinja for other programs; what ends a reply; the folder's own settings."""
+    generation = _generation_config(source)
+    ends = generation.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    texts = [tokenizer.hf.convert_ids_to_tokens(end) for end in ends if isinstance(end, int)]
+    extra = [text for text in texts if text and text != tokenizer.hf.eos_token]
+    stops = list(dict.fromkeys((*template.stops, *source.stops, *extra)))
+    single = [tokenizer.special_id(stop) for stop in stops]
+    end_of_turn = next((index for index in single if index not in (None, tokenizer.eos_id)), None)
+    if end_of_turn is not None:
+        writer.add_eot_token_id(end_of_turn)
+    writer.add_string(gguf_keys.TEMPLATE, template.id)
+    writer.add_string(gguf_keys.STOPS, json.dumps(stops, ensure_ascii=False))
+    writer.add_string(gguf_keys.SYSTEM, source.system or "")
+    writer.add_string(gguf_keys.GENERATION, json.dumps(_settings(generation)))
+    jinja = template.to_jinja(tokenizer)
+    if jinja is None:
+        return [
+            tr(
+                f"the template {template.id} cannot be written for other programs; Tuoling itself knows it",
+                f"模板 {template.id} 无法写给其他程序使用；Tuoling 自己认识它",
+            )
+        ]
+    writer.add_chat_template(jinja)
+    return []
+
+
+def _generation_config(source: ModelSource) -> dict[str, Any]:
+    for folder in (source.path, source.run_folder, source.weights_path):
+        if (folder / "generation_config.json").is_file():
+            return dict(read_json(folder / "generation_config.json"))
+    return {}
+
+
+def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What `settings_from_config` reads, without tokens and versions."""
+    return {key: value for key, value in generation.items() if key in gguf_keys.SETTINGS}

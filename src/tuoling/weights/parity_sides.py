@@ -1,0 +1,194 @@
+"""The two sides of a comparison, each in shared words: word k is `columns[k]` among the side's own ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from tuoling.language import tr
+from tuoling.models.adapter_reading import read_adapter
+from tuoling.models.adapters import wrap
+from tuoling.weights.parity import LogitsModel, Weights
+from tuoling.weights.streamed import CannotStream, StreamedModel, column_order
+from tuoling.weights.tensors import open_weights
+
+STREAMED = "streamed"
+OUTSIDE = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_out")
+"""Modules outside the layers, by their last names."""
+
+
+class Side(Protocol):
+    """One set of weights. how: "streamed", or in words how it ran instead."""
+
+    how: str
+
+    def logits(self, words_NT: torch.Tensor) -> torch.Tensor:
+        """[N, T, V] in float32: shared words first, in their order, then the side's own."""
+        ...
+
+    def greedy(self, words_NT: torch.Tensor, count: int, shared: int) -> torch.Tensor:
+        """[N, count]: after each row, the best of the first `shared` words, again and again."""
+        ...
+
+
+class FolderSide:
+    """A model folder: layer by layer, or whole where that cannot be."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        columns: torch.Tensor | None,
+        rounded: Mapping[str, torch.dtype],
+        *,
+        merge: bool = False,
+        tick: Callable[[], None],
+        before_drop: Callable[[], None],
+    ) -> None:
+        """rounded, merge: see `StreamedModel`; not possible for a model that is loaded whole."""
+        self._weights, self._columns, self._tick = weights, columns, tick
+        self._whole: Any = None
+        self.how = STREAMED
+        try:
+            self._streamed = StreamedModel(
+                streamable_config(weights),
+                open_weights(weights.folder),
+                rounded=rounded,
+                columns=columns,
+                attach=lambda model: attach_adapters(model, weights),
+                merge=merge,
+                before_drop=before_drop,
+            )
+        except CannotStream as error:
+            self._load_whole(str(error))
+
+    def logits(self, words_NT: torch.Tensor) -> torch.Tensor:
+        logits_NTV: torch.Tensor = self._forward(words_NT).logits
+        return logits_NTV
+
+    def greedy(self, words_NT: torch.Tensor, count: int, shared: int) -> torch.Tensor:
+        out = self._forward(words_NT, use_cache=True)
+        found = [out.logits[:, -1, :shared].argmax(-1)]
+        while len(found) < count:
+            past = getattr(out, "past_key_values", None)  # Mamba has none and reads its text again
+            newest_NT = torch.stack(found, dim=1) if past is None else found[-1][:, None]
+            given_NT = torch.cat([words_NT, newest_NT], dim=1) if past is None else newest_NT
+            out = self._forward(given_NT, past, use_cache=True)
+            found.append(out.logits[:, -1, :shared].argmax(-1))
+        return torch.stack(found, dim=1)
+
+    def _forward(self, words_NT: torch.Tensor, past: Any = None, *, use_cache: bool = False) -> Any:
+        self._tick()
+        ids_NT = words_NT if self._columns is None else self._columns[words_NT]
+        if self._whole is None:
+            try:
+                return self._streamed.forward(ids_NT, past, use_cache=use_cache)
+            except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
+                # a model that reaches into another layer's weights finds none there
+                line = (str(error).splitlines() or [type(error).__name__])[0]
+                self._load_whole(tr(f"its layers do not run alone: {line}", f"各层无法单独运行：{line}"))
+        given = {} if past is None else {"past_key_values": past}
+        with torch.no_grad():
+            out = self._whole(input_ids=ids_NT, use_cache=use_cache, **given)
+        order, _ = column_order(self._columns, out.logits.shape[-1])
+        out.logits = out.logits.float() if self._columns is None else out.logits.float()[..., order]
+        return out
+
+    def _load_whole(self, why: str) -> None:
+        from tuoling.models.load import find_model, load_model
+        from tuoling.models.quantization import Quantization
+
+        source = find_model(self._weights.folder)
+        model = load_model(source, dtype="fp32", device="cpu", quantization=Quantization())
+        self._whole = attach_adapters(model, self._weights).eval()
+        self.how = tr(f"loaded whole: {why}", f"整体载入：{why}")
+
+
+class EngineSide:
+    """Any object that gives logits, asked row by row."""
+
+    def __init__(self, model: LogitsModel, columns: torch.Tensor | None, *, tick: Callable[[], None]) -> None:
+        self._model, self._columns, self._tick = model, columns, tick
+        self.how = tr("asked through its engine", "通过推理引擎提问")
+
+    def logits(self, words_NT: torch.Tensor) -> torch.Tensor:
+        self._tick()
+        rows = words_NT if self._columns is None else self._columns[words_NT]
+        logits_NTV = torch.stack([torch.as_tensor(self._model.logits(row.tolist())).float() for row in rows])
+        order, _ = column_order(self._columns, logits_NTV.shape[-1])
+        return logits_NTV if self._columns is None else logits_NTV[..., order]
+
+    def greedy(self, words_NT: torch.Tensor, count: int, shared: int) -> torch.Tensor:
+        words = words_NT
+        for _ in range(count):
+            words = torch.cat([words, self.logits(words)[:, -1, :shared].argmax(-1)[:, None]], dim=1)
+        return words[:, words_NT.shape[1] :]
+
+
+def read_config(weights: Weights) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(weights.described_by or weights.folder, local_files_only=True)
+
+
+def streamable_config(weights: Weights) -> Any:
+    """The model's config. Raises CannotStream where transformers has none, or the weights are stored quantised."""
+    try:
+        config = read_config(weights)
+    except (ValueError, KeyError, OSError) as error:
+        raise CannotStream(str(error).splitlines()[0]) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotStream(tr("its weights are quantised", "权重已量化"))
+    return config
+
+
+def attach_adapters(model: Any, weights: Weights) -> Any:
+    """The model with its adapters beside it, unmerged, each with its weight; the base may have no weights yet."""
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
+
+    names = [f"adapter_{number}" if number else "default" for number in range(len(weights.adapters))]
+    for name, (folder, weight) in zip(names, weights.adapters, strict=True):
+        adapter = read_adapter(folder, lora_alpha=weights.lora_alpha)
+        if name == "default":
+            model = wrap(model, adapter)
+        else:
+            model.add_adapter(name, PeftConfig.from_peft_type(**adapter.config))
+        _fill(model, name, adapter.tensors)
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and name in module.scaling:
+                module.scaling[name] *= weight
+    if len(names) > 1:
+        model.base_model.set_adapter(names)
+    return model
+
+
+def can_merge(weights: Weights) -> bool:
+    """Whether the adapters are plain LoRA inside the layers, which is added to one weight each."""
+    configs = [read_adapter(folder, lora_alpha=weights.lora_alpha).config for folder, _ in weights.adapters]
+    return bool(configs) and not any(
+        config.get("use_dora") or config.get("modules_to_save") or _outside(config) for config in configs
+    )
+
+
+def _outside(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter may touch the embeddings or the head."""
+    targets = config.get("target_modules") or ()
+    names = [targets] if isinstance(targets, str) else targets
+    return any(name.endswith(OUTSIDE) or name.startswith("all") for name in names)
+
+
+def _fill(model: Any, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter's layers their tensors. PEFT itself would move them to where their base is: to no memory."""
+    state = {}
+    for name, _ in model.named_parameters():
+        plain = name.replace(f".modules_to_save.{adapter_name}.", ".")
+        plain = plain.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}")
+        key = next((key for key in (plain, plain.removesuffix(".weight")) if key in tensors), None)
+        if key is not None and plain != name:
+            state[name] = tensors[key].float()
+    if len(state) != len(tensors):
+        raise CannotStream(tr("its adapter has tensors of another kind", "其适配器含有其他类型的张量"))
+    model.load_state_dict(state, strict=False, assign=True)
