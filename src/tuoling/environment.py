@@ -73,9 +73,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(
-        logging.ERROR
-    )  # torchao registers two enums in the old way
+    # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
+    for noisy in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -50,8 +50,12 @@ def compare(folder: Path) -> dict[str, float]:
     plain: Any = load_model(find_model(folder.parent / folder.name.split("-")[0]), device="cpu", dtype="fp32")
     largest = 0.0
     for name in ours.layers:
-        theirs_KN = loaded.get_submodule(name).dequantize_weight().float()
+        layer = loaded.get_submodule(name)
         weight_NK = ours.read(f"{name}.weight")
+        with torch.inference_mode():  # what each input alone gives is its row of the weight
+            theirs_KN = layer(torch.eye(weight_NK.shape[1])).float() - (
+                0 if layer.bias is None else layer.bias
+            )
         largest = max(largest, float((theirs_KN.t() - weight_NK).abs().max() / weight_NK.abs().max()))
         plain.get_submodule(name).weight.data = weight_NK
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,7 +203,8 @@ class _Work:
     def open(source: ModelSource, out: Path, options: QuantizeOptions, rows: CalibrationRows | None) -> _Work:
         folder = out.absolute().with_name(f".{out.name}.quantizing")
         chosen = rows_to_json(rows.calibration) if rows else []
-        key = sha256_text(f"{source.fingerprint()}\n{options}\n{chosen}")
+        deciding = replace(options, verify=True, dtype="auto")  # the others change what is measured
+        key = sha256_text(f"{source.fingerprint()}\n{deciding}\n{chosen}")
         there = folder / "key.json"
         goes_on = there.is_file() and read_json(there) == key and (folder / "checkpoints").is_dir()
         if not goes_on:

@@ -41,16 +41,17 @@ def plain_folder(source: ModelSource, work: Path, *, say: Callable[[str], None])
     Where the source is one already, its files are linked, not copied.
     """
     folder = work / "plain"
-    if folder.exists():  # an interrupted call made it, whole
-        return folder
     if source.is_adapter:
-        from tuoling.weights.merge import Weighted, merge
+        if not folder.exists():
+            from tuoling.weights.merge import Weighted, merge
 
-        say(tr("merging the adapter into its base", "正在把适配器合并进基座"))
-        merge((Weighted(source),), folder)
+            say(tr("merging the adapter into its base", "正在把适配器合并进基座"))
+            merge((Weighted(source),), folder, say=say)
         return folder
     weights = source.weights_path
-    if weight_files(weights)[0].suffix != ".safetensors":
+    if folder.exists():  # an interrupted call made it
+        pass
+    elif weight_files(weights)[0].suffix != ".safetensors":
         convert_huggingface(weights, folder, ConvertOptions(verify=False))
     else:
         making = work / "linking"
