@@ -18,8 +18,9 @@ from tuoling.files import write_json
 from tuoling.models.load import load_model
 from tuoling.models.source import find_model
 from tuoling.weights import gptq_child
-from tuoling.weights.gptq import QuantizeOptions, linear_names, quantize
+from tuoling.weights.gptq import linear_names, quantize
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
+from tuoling.weights.gptq_options import QuantizeOptions
 from tuoling.weights.tensors import open_weights
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46, 47, 48]])

@@ -17,9 +17,10 @@ from tuoling.errors import MissingPackage, ModelError, OutputError, UsageError
 from tuoling.models import gptq_packages
 from tuoling.models.load import load_model
 from tuoling.models.source import find_model
-from tuoling.weights.gptq import QuantizeOptions, linear_names, quantize
+from tuoling.weights.gptq import linear_names, quantize
 from tuoling.weights.gptq_child import perplexity, round_layers
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
+from tuoling.weights.gptq_options import QuantizeOptions
 from tuoling.weights.gptq_rows import Sample, choose_rows
 from tuoling.weights.rtn import grid, quantise
 from tuoling.weights.tensors import open_weights

@@ -12,7 +12,7 @@ from tuoling.cli.chat import Base, Device, Dtype, RemoteCode, Revision, RunOrMod
 from tuoling.language import tr
 
 if TYPE_CHECKING:
-    from tuoling.weights.gptq import QuantizeReport
+    from tuoling.weights.gptq_options import QuantizeReport
 
 HELP = tr(
     """Write a model's linear layers in 2, 3, 4 or 8 bits, and tell what that costs.
@@ -86,7 +86,8 @@ def command(
 ) -> None:
     from tuoling import console
     from tuoling.errors import UsageError
-    from tuoling.weights.gptq import QuantizeOptions, quantize
+    from tuoling.weights.gptq import quantize
+    from tuoling.weights.gptq_options import QuantizeOptions
 
     if method not in ("gptq", "awq", "rtn"):
         raise UsageError(

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tuoling import environment
-from tuoling.errors import ModelError, OutputError, UsageError
+from tuoling.errors import DataError, ModelError, OutputError, UsageError
 from tuoling.files import atomic_folder, read_json, require_writable, sha256_text, write_json
 from tuoling.language import tr
 from tuoling.models.gptq_packages import require_gptqmodel
@@ -23,15 +23,10 @@ from tuoling.models.shape import meta_model
 from tuoling.models.source import ModelSource, find_model
 from tuoling.weights.gptq_folder import plain_folder, write_quantised
 from tuoling.weights.gptq_job import Say, run_job
-from tuoling.weights.gptq_packing import BITS
+from tuoling.weights.gptq_options import QuantizeOptions, QuantizeReport
 from tuoling.weights.gptq_rows import CalibrationRows, choose_rows, rows_to_json
 from tuoling.weights.parity import Bound, gate, skipped
 from tuoling.weights.tensors import open_weights
-
-Method = Literal["gptq", "awq", "rtn"]
-
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-"""Those of gptqmodel's kernels; vLLM's have -1, 32, 64 and 128."""
 
 RESUMABLE = ("llama", "qwen2", "bloom")
 """`model_type`s whose interrupted quantisation is tested to go on to the very bytes of a straight run."""
@@ -40,67 +35,6 @@ RECORD = "quantization.json"
 
 BOUNDS = {8: Bound(1.1, 0.9), 4: Bound(1.5, 0.5), 3: Bound(4.0, 0.2), 2: Bound(math.inf, 0.0)}
 """What a width may cost on the parity gate's fixed probes; 2 bits cost what they cost, and it is told."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeOptions:
-    """What the user may choose. rows: how many to calibrate on. device: where layers are computed."""
-
-    bits: int = 4
-    group_size: int = 128
-    act_order: bool = False
-    true_sequential: bool = True
-    symmetric: bool = True
-    method: Method = "gptq"
-    rows: int = 256
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    verify: bool = True
-    allow_remote_code: bool = False
-
-    def check(self) -> None:
-        """Raise UsageError for what no quantiser here can do."""
-        for name, value, known in (
-            ("--bits", self.bits, (4,) if self.method == "awq" else BITS),
-            ("--group-size", self.group_size, GROUP_SIZES),
-        ):
-            if value not in known:
-                raise UsageError(
-                    tr(f"{name} {value} is not among them", f"{name} {value} 不在可选值内"),
-                    where=name,
-                    remedy=" | ".join(map(str, known)),
-                )
-        if self.act_order and self.method != "gptq":
-            raise UsageError(
-                tr("--act-order belongs to --method gptq", "--act-order 只用于 --method gptq"),
-                where="--act-order",
-            )
-
-
-@dataclass
-class QuantizeReport:
-    """What was written and what it cost. before, rtn, after: perplexity of held-out answers."""
-
-    out: Path
-    options: QuantizeOptions
-    layers: int
-    size_bytes: int
-    size_before_bytes: int
-    seconds: float = 0.0
-    peak_gib: float | None = None
-    before: float | None = None
-    rtn: float | None = None
-    after: float | None = None
-    tokens_per_s_before: float | None = None
-    tokens_per_s: float | None = None
-    memory_before_gib: float | None = None
-    memory_gib: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """For scripts and for the record beside the weights."""
-        return asdict(self) | {"out": str(self.out)}
 
 
 def quantize(
@@ -139,32 +73,60 @@ def quantize(
     require_writable(out.absolute().parent)
     source = find_model(model, revision=revision, base=base)
     _require_plain(source)
-    rows = None
-    if options.method != "rtn" or data or source.run is not None:
-        rows = choose_rows(source, data, count=options.rows, seed=options.seed, template=template, say=say)
-        for note in rows.notes:
-            say(note)
+    rows = _rows(source, options, data, template, say)
     work = _Work.open(source, out, options, rows)
     if work.goes_on:
         say(tr(f"going on with the work in {work.folder}", f"继续 {work.folder} 中未完成的工作"))
+    try:
+        report = _quantize(source, out, options, work, say, step)
+    except BaseException:
+        if options.method == "rtn":  # else there may be layers to go on from, and the log of what went wrong
+            shutil.rmtree(work.folder, ignore_errors=True)
+        raise
+    shutil.rmtree(work.folder, ignore_errors=True)
+    return report
+
+
+def _rows(
+    source: ModelSource, options: QuantizeOptions, data: Sequence[str], template: str | None, say: Say
+) -> CalibrationRows | None:
+    """The rows; None where rounding to nearest needs none and none can be had."""
+    try:
+        rows = choose_rows(source, data, count=options.rows, seed=options.seed, template=template, say=say)
+    except (UsageError, DataError):
+        if options.method != "rtn" or data:
+            raise
+        return None
+    for note in rows.notes:
+        say(note)
+    return rows
+
+
+def _quantize(
+    source: ModelSource,
+    out: Path,
+    options: QuantizeOptions,
+    work: _Work,
+    say: Say,
+    step: Callable[[int, int], None],
+) -> QuantizeReport:
     plain = plain_folder(source, work.folder, say=say)
     layers = linear_names(plain, allow_remote_code=options.allow_remote_code)
-    report = QuantizeReport(out, options, len(layers), 0, 0)
+    report = QuantizeReport(out, options, len(layers), 0, _size(plain))
     report.notes += _width_notes(layers, options)
     made = None if options.method == "rtn" else _run_gptqmodel(work, plain, layers, options, report, step)
-    report.size_before_bytes = _size(plain)
     with atomic_folder(out) as folder:
         write_quantised(plain, folder, options, layers=list(layers), made=made)
         report.size_bytes = _size(folder)
         if options.verify:
-            if rows is not None:
+            if work.rows is not None:
                 _measure(work, plain, folder, options, list(layers), report)
             gate(plain, folder, lossless=False, bound=BOUNDS[options.bits], say=say)
         else:
             skipped(folder)
-        record = report.to_json() | {"calibration": rows.facts if rows else None, "verified": options.verify}
+        facts = work.rows.facts if work.rows else None
+        record = report.to_json() | {"calibration": facts, "verified": options.verify}
         write_json(folder / RECORD, record | {"versions": environment.versions()})
-    shutil.rmtree(work.folder, ignore_errors=True)
     return report
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,12 +27,10 @@ from tuoling.weights.gptq_format import (
     QuantizedWeights,
     quantized_format,
 )
+from tuoling.weights.gptq_options import QuantizeOptions
 from tuoling.weights.rewrite import convert_huggingface
 from tuoling.weights.rtn import quantise
 from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
-
-if TYPE_CHECKING:
-    from tuoling.weights.gptq import QuantizeOptions
 
 
 def plain_folder(source: ModelSource, work: Path, *, say: Callable[[str], None]) -> Path:
