@@ -37,18 +37,20 @@ class QuantizedFormat:
 
     def to_config(self) -> dict[str, Any]:
         """For config.json's `quantization_config`, in the keys that transformers, gptqmodel and vLLM read."""
-        kind = "gptq" if self.minus_one else "gptq_v2"
-        return {
+        kind = "gemm" if self.method == "awq" else "gptq" if self.minus_one else "gptq_v2"
+        config: dict[str, Any] = {
             "quant_method": self.method,
             "bits": self.bits,
             "group_size": self.group_size,
-            "desc_act": self.desc_act,
             "sym": self.sym,
             "lm_head": False,
             "checkpoint_format": kind,
             "format": kind,
             "pack_dtype": "int32",
         }
+        return config | (
+            {"version": kind, "zero_point": True} if kind == "gemm" else {"desc_act": self.desc_act}
+        )
 
 
 def quantized_format(folder: Path) -> QuantizedFormat | None:
