@@ -335,6 +335,12 @@ def require_dora_alone(all_changes: Sequence[Changes]) -> None:
 
 def same_base(sources: Sequence[ModelSource]) -> Path:
     """The folder all adapters stand on. Raises ModelError where they name different ones."""
+    for source in sources:
+        if not source.is_adapter:
+            raise ModelError(
+                tr("not an adapter: its weights are whole already", "这不是适配器：权重已是完整的"),
+                where=str(source.path),
+            )
     folders = {source.weights_path.resolve() for source in sources}
     if len(folders) > 1:
         raise ModelError(
