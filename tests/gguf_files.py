@@ -61,3 +61,26 @@ def divergence(before_TV: np.ndarray, after_TV: np.ndarray) -> float:
 
     before, after = log_softmax(before_TV), log_softmax(after_TV)
     return float((np.exp(before) * (before - after)).sum(-1).mean())
+
+
+def adapter_of(base: Path, folder: Path, targets: list[str], **settings: Any) -> Path:
+    """A random LoRA adapter on `base`, large enough to be seen."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tuoling.files import read_json, write_json
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets, **{"r": 4, "lora_alpha": 8, **settings}
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    written = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", {**written, "base_model_name_or_path": str(base)})
+    write_json(folder / "template.json", {"template": "domain_bloom", "stops": []})
+    return folder

@@ -250,6 +250,8 @@ def versions() -> dict[str, str]:
         "safetensors",
         "bitsandbytes",
         "gptqmodel",
+        "gguf",
+        "llama-cpp-python",
         "numpy",
     ):
         try:
