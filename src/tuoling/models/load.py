@@ -77,12 +77,8 @@ def load_model(
         quantized.settle(model, for_training=for_training)
     loaded: PreTrainedModel | PeftModel = model
     if source.is_adapter:
-<<<<<<< HEAD
         with gptq_packages.hidden_from_peft():
-            loaded = attach_adapter(model, source.path, trainable=for_training)
-=======
-        loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=source.lora_alpha)
->>>>>>> merge
+            loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=source.lora_alpha)
         if not bits:  # else PEFT has put the adapter where its layers are, and quantised ones do not move
             loaded.to(device)
     if for_training:
