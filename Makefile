@@ -30,10 +30,18 @@ $(VENV)/.installed-dev: pyproject.toml requirements.lock | $(BIN)/python
 		echo "llama-cpp-python could not be built (a C++ compiler is needed): tests that need it are skipped"
 	touch $@ $(VENV)/.installed
 
+# gptqmodel looks for torch while it is built, so it is installed after it and without isolation (a C++ compiler is
+# needed; pip keeps the wheel in its cache). Where it does not build, the tests that need it are skipped.
+$(VENV)/.installed-gptq: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock --no-build-isolation \
+		gptqmodel optimum || echo "gptqmodel could not be built: tests that need it are skipped"
+	touch $@
+
 quickstart: $(VENV)/.installed
 	$(BIN)/tuoling quickstart --out $(QUICKSTART)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-gptq
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev

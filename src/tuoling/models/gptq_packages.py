@@ -24,12 +24,15 @@ INSTALL = (
 _NEEDED = ("gptqmodel", "optimum", "tokenicer", "logbar", "pcre", "device_smi", "defuser", "torchao")
 
 
-def require_gptqmodel(purpose: str) -> None:
-    """Raise MissingPackage, with the lines to type, where gptqmodel, something it imports, or optimum is missing."""
+def require_gptqmodel(purpose: str, otherwise: str | None = None) -> None:
+    """Raise MissingPackage, with the lines to type, where gptqmodel, something it imports, or optimum is missing.
+
+    otherwise: how to go on without it.
+    """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        error = MissingPackage(", ".join(missing), extra="quant", purpose=purpose)
-        error.remedy = INSTALL
+        error = MissingPackage(", ".join(missing), extra="gptq", purpose=purpose)
+        error.remedy = INSTALL + (f"\n{otherwise}" if otherwise else "")
         raise error
 
 
@@ -67,8 +70,14 @@ def require_for(config: Any, *, for_training: bool, where: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is printed on stdout, which belongs to results: gptqmodel has a banner and a line for each step."""
+    """Inside, nothing is printed on stdout, which belongs to results: gptqmodel has a banner and a line for each step.
+
+    Afterwards it says errors only.
+    """
     with redirect_stdout(io.StringIO()):
+        from logbar import LogBar
+
+        LogBar.shared().setLevel("ERROR")
         yield
 
 

@@ -77,8 +77,9 @@ def load_model(
         quantized.settle(model, for_training=for_training)
     loaded: PreTrainedModel | PeftModel = model
     if source.is_adapter:
+        alpha = source.lora_alpha
         with gptq_packages.hidden_from_peft():
-            loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=source.lora_alpha)
+            loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=alpha)
         if not bits:  # else PEFT has put the adapter where its layers are, and quantised ones do not move
             loaded.to(device)
     if for_training:

@@ -5,6 +5,7 @@ The work lies in a hidden folder beside the output until it is done: there an in
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from tuoling.weights.gptq_folder import plain_folder, write_quantised
 from tuoling.weights.gptq_job import Say, run_job
 from tuoling.weights.gptq_packing import BITS
 from tuoling.weights.gptq_rows import CalibrationRows, choose_rows, rows_to_json
+from tuoling.weights.parity import Bound, gate, skipped
 from tuoling.weights.tensors import open_weights
 
 Method = Literal["gptq", "awq", "rtn"]
@@ -35,6 +37,9 @@ RESUMABLE = ("llama", "qwen2", "bloom")
 """`model_type`s whose interrupted quantisation is tested to go on to the very bytes of a straight run."""
 
 RECORD = "quantization.json"
+
+BOUNDS = {8: Bound(1.1, 0.9), 4: Bound(1.5, 0.5), 3: Bound(4.0, 0.2), 2: Bound(math.inf, 0.0)}
+"""What a width may cost on the parity gate's fixed probes; 2 bits cost what they cost, and it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,15 @@ def quantize(
     options.check()
     environment.quiet_libraries()
     if options.method != "rtn":
-        require_gptqmodel(tr("quantising", "量化"))
+        require_gptqmodel(
+            tr("quantising", "量化"),
+            tr("or round to nearest without it: --method rtn", "或不用它，直接取最近值：--method rtn"),
+        )
+    elif options.verify:
+        require_gptqmodel(
+            tr("running the result", "运行量化结果"),
+            tr("or write it unproven: --no-verify", "或不经验证直接写出：--no-verify"),
+        )
     if out.exists():
         raise OutputError(
             tr("already exists", "已经存在"), where=str(out), remedy=tr("choose another place", "换一个位置")
@@ -143,8 +156,12 @@ def quantize(
     with atomic_folder(out) as folder:
         write_quantised(plain, folder, options, layers=list(layers), made=made)
         report.size_bytes = _size(folder)
-        if options.verify and rows is not None:
-            _measure(work, plain, folder, options, list(layers), report)
+        if options.verify:
+            if rows is not None:
+                _measure(work, plain, folder, options, list(layers), report)
+            gate(plain, folder, lossless=False, bound=BOUNDS[options.bits], say=say)
+        else:
+            skipped(folder)
         record = report.to_json() | {"calibration": rows.facts if rows else None, "verified": options.verify}
         write_json(folder / RECORD, record | {"versions": environment.versions()})
     shutil.rmtree(work.folder, ignore_errors=True)
