@@ -14,11 +14,12 @@ HELP = tr(
     """Turn weights of one layout into another: what lies at SRC is recognised.
 
     Meta's .pth ↔ Hugging Face, another number of shards, pickles → safetensors, another number type; runs, adapters
-    and models → GGUF for llama.cpp. The result is proven to compute the same, or its price is shown.""",
+    and models → GGUF for llama.cpp; GGUF (1, 2, 3) and the first ggml files → folders. The result is proven to
+    compute the same, or its price is shown.""",
     """把权重从一种格式转换为另一种：SRC 的格式自动识别。
 
     Meta 的 .pth 与 Hugging Face 互转、改变分片数、pickle 转 safetensors、改变数值类型；运行、适配器、
-    模型 → GGUF（供 llama.cpp 使用）。转换后验证计算结果一致，或给出代价。""",
+    模型 → GGUF（供 llama.cpp 使用）；GGUF（1、2、3）与最早的 ggml 文件 → 目录。转换后验证计算结果一致，或给出代价。""",
 )
 
 
