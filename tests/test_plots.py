@@ -69,6 +69,7 @@ def test_english_labels(tmp_path: Path, labels: list[str]) -> None:
     assert {"Training loss", "train loss (smoothed)", "eval loss", "learning rate", "step"} <= set(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("chinese")
 def test_chinese_labels_where_there_is_a_font(tmp_path: Path, labels: list[str]) -> None:
     if plots.cjk_font() is None:

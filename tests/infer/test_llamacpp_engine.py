@@ -239,6 +239,7 @@ def test_two_streams_may_take_turns(engine: Any) -> None:
     assert shown == wanted
 
 
+@pytest.mark.slow
 def test_the_context_grows_and_ends(engine: Any) -> None:
     engine.end_ids = set()
     small = engine.model._context_tokens

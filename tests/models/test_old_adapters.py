@@ -84,6 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- a Trainer's checkpoint ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_config_answers_as_the_adapter(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:

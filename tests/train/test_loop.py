@@ -189,6 +189,7 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path: Path, bloom: Path) -> None:
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
@@ -313,6 +314,7 @@ def test_run_json_says_how_many_rows_were_too_long_and_their_share(tmp_path: Pat
     assert any("2 over-long rows dropped, 25.0% of all" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_full_folder_is_refused_and_can_be_moved_aside(tmp_path: Path, bloom: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
@@ -342,6 +344,7 @@ def test_bad_settings_stop_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_plain_text_is_trained_whole(tmp_path: Path, bloom: Path) -> None:
     rows = [{"text": "春眠不觉晓，处处闻啼鸟。"}, {"text": "床前明月光，疑是地上霜。"}]
     result = run(tmp_path, bloom, rows, stage="pt", finetuning_type="full", num_train_epochs=20)
@@ -369,6 +372,7 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path, bloom: Path) -> None:
     assert Path(base) == bloom.resolve()
 
 
+@pytest.mark.slow
 def test_fp16_of_a_config_for_a_gpu_gives_way_on_a_cpu(tmp_path: Path, bloom: Path) -> None:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is a GPU: fp16 is what it trains in")

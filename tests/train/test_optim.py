@@ -57,6 +57,7 @@ def orthogonalised(gradient: torch.Tensor) -> torch.Tensor:
     return u @ v
 
 
+@pytest.mark.slow
 def test_muon_turns_the_matrices_of_the_blocks_and_adamw_moves_the_rest() -> None:
     model = bloom()
     optimizer = make_optimizer(model, MuonSettings())  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ def test_trained_evaluated_saved_and_loaded_again(tmp_path: Path, base: Path, bi
     assert quantised(load_model(source, dtype="fp32", device="cpu", quantization=PLAIN)) == set()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_run_when_loaded_again(run4: Path) -> None:
     """What chat opens is what was trained: its loss on the held-out rows, and not that of the plain base."""
     from tuoling.kernels.install import install
@@ -146,6 +147,7 @@ def test_a_run_from_its_adapter_keeps_the_base_as_it_was(tmp_path: Path, run4: P
     assert prepared(quantization_bit=0).quantization_bit == 0
 
 
+@pytest.mark.slow
 def test_chat_and_predict_open_it_quantised(tmp_path: Path, run4: Path) -> None:
     def call(*words: object) -> Any:
         common = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4")

@@ -81,6 +81,7 @@ def test_scales_that_one_alpha_cannot_say_go_into_the_weights(tmp_path: Path) ->
     assert np.abs(beside - transformers_logits(adapter, IDS)).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}]
 )

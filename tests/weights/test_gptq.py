@@ -224,6 +224,7 @@ def test_quantised_weights_are_not_trained_on(tmp_path: Path) -> None:
         load_model(find_model(tmp_path / "out"), device="cpu", for_training=True)
 
 
+@pytest.mark.slow
 def test_peft_does_not_import_gptqmodel(tmp_path: Path) -> None:
     """It would take 4 s and print a banner on stdout for every adapter."""
     needs_gptqmodel()

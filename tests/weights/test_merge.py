@@ -96,6 +96,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(EVERY))
 @pytest.mark.parametrize("kind", sorted(OPTIONS))
 def test_merged_computes_what_the_adapter_computes(

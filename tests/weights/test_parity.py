@@ -246,6 +246,7 @@ def merged(model: Path, adapter: Path, out: Path, *, dtype: torch.dtype, weight:
     return altered(model, out, merge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(
     models: Mapping[str, Path], adapter: Path, tmp_path: Path, dtype: torch.dtype
@@ -332,6 +333,7 @@ class TransformersEngine:
         return found + self.error * np.sin(np.arange(found.size, dtype=np.float32)).reshape(found.shape)
 
 
+@pytest.mark.slow
 def test_an_engine_may_round_but_not_be_wrong(models: Mapping[str, Path]) -> None:
     probes = PROBES[:2]
     near = compare(models["qwen2"], TransformersEngine(models["qwen2"], 1e-3), probes=probes)
@@ -340,6 +342,7 @@ def test_an_engine_may_round_but_not_be_wrong(models: Mapping[str, Path]) -> Non
     assert not compare(models["qwen2"], TransformersEngine(models["qwen2"], 0.1), probes=probes).passed
 
 
+@pytest.mark.slow
 def test_a_lossy_step_passes_within_its_bound(models: Mapping[str, Path], tmp_path: Path) -> None:
     def coarse(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -377,6 +380,7 @@ def test_rows_are_filled_up_on_the_right() -> None:
     assert padded([[5, 6, 7], [8]]).tolist() == [[5, 6, 7], [8, 0, 0]]
 
 
+@pytest.mark.slow
 def test_the_gate_writes_its_figures_beside_the_output(models: Mapping[str, Path], tmp_path: Path) -> None:
     """Through the child process, as every command does it."""
     after = altered(models["llama"], tmp_path / "after", lambda _: None)
@@ -389,6 +393,7 @@ def test_the_gate_writes_its_figures_beside_the_output(models: Mapping[str, Path
     assert lines[0].startswith("parity passed: ") and lines == table(found)
 
 
+@pytest.mark.slow
 def test_the_gate_refuses_and_leaves_no_record(models: Mapping[str, Path], tmp_path: Path) -> None:
     wrong = altered(models["llama"], tmp_path / "wrong", _transpose)
     with pytest.raises(ParityError, match="logits differ by") as caught:

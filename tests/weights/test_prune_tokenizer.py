@@ -170,6 +170,7 @@ def test_any_text_of_kept_tokens_comes_out_the_same(pair: Any, data: st.DataObje
         assert smaller.decode(ids_of(smaller, text)) == full.decode(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(min_size=1, max_size=40))

@@ -200,7 +200,7 @@ def _restore(
     console.out.print(
         tr(
             f"{report.out}: {report.kind} for {report.full_rows:,} words, {report.trained_rows:,} of them trained",
-            f"{report.out}：{tr(report.kind, {'adapter': '适配器', 'model': '模型'}[report.kind])}，"
+            f"{report.out}：{'适配器' if report.kind == 'adapter' else '模型'}，"
             f"词表 {report.full_rows:,}，其中 {report.trained_rows:,} 个词经过训练",
         ),
         markup=False,

@@ -23,7 +23,7 @@ def require_optimizer(name: str) -> None:
         raise MissingPackage(
             "bitsandbytes",
             extra="quant",
-            purpose=tr("optim=adamw_8bit", "optim=adamw_8bit "),
+            purpose=tr("AdamW with states in 8 bits", "8 位状态的 AdamW"),
             otherwise="optim=adamw",
         )
 
