@@ -2,15 +2,18 @@
 
     python benchmarks/memory.py                         tiny models, made on the spot
     python benchmarks/memory.py MODEL DATA [KEY=VALUE]  one run's estimate against what two steps took
+    python benchmarks/memory.py --run MODEL DATA ...    and against the peak of a run of three epochs
     python benchmarks/memory.py --table                 the guide's table, from shapes alone
 
-Each measurement runs in a process of its own (`tuoling plan --probe` does the same). The rows are added to
+Each measurement runs in a process of its own (`tuoling plan --probe` does the same). A run meets the longest batch
+that estimate and probe are about only where DATA is one batch. The rows are added to
 memory.json and memory.md is written from it; a run of the same name takes the place of the old one.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -70,6 +73,16 @@ def measure(name: str, keys: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def run_peak(model: str, data: str, settings: list[str]) -> float:
+    """GiB that `tuoling train` says it took at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = ["template=alpaca", *settings, "num_train_epochs=3", "save_steps=0", "plot_loss=false"]
+        words = [f"model={model}", f"data={data}", f"output_dir={folder}/run", *keys]
+        subprocess.run([sys.executable, "-m", "tuoling", "train", *words], check=True, capture_output=True)
+        results = json.loads((Path(folder) / "run" / "all_results.json").read_text(encoding="utf-8"))
+    return round(float(results["peak_rss_gib"]), 3)
+
+
 def tiny() -> list[dict[str, Any]]:
     """A llama and a bloom of 2 layers, trained in both ways."""
     sys.path.insert(0, str(HERE.parent))
@@ -102,10 +115,10 @@ def write(rows: list[dict[str, Any]]) -> None:
         "# Memory: estimate against measured peak",
         "",
         "Printed by `python benchmarks/memory.py`. Estimate: from shapes alone. Peak: resident memory of a",
-        "process over two steps of the longest batch.",
+        "process over two steps of the longest batch (what `plan --probe` shows). Run: what three epochs took.",
         "",
-        "| run | estimate, GiB | peak, GiB | estimate / peak | parts, GiB |",
-        "|---|---|---|---|---|",
+        "| run | estimate, GiB | peak, GiB | estimate / peak | run, GiB | parts, GiB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in merged.values():
         cells = (
@@ -113,6 +126,7 @@ def write(rows: list[dict[str, Any]]) -> None:
             row["estimate_gib"],
             row.get("peak_gib", "-"),
             row.get("ratio", "-"),
+            row.get("run_gib", "-"),
             row["parts"],
         )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
@@ -156,6 +170,8 @@ def main(words: list[str]) -> None:
     if words == ["--table"]:
         table()
     elif words:
+        really = words[0] == "--run"
+        words = words[really:]
         model, data, *settings = words
         from tuoling.config import load_config
 
@@ -163,7 +179,11 @@ def main(words: list[str]) -> None:
             [], settings, {"model_name_or_path": model, "data": [data], "template": "alpaca"}
         )
         keys = loaded.config.model_dump(exclude={"device"})
-        write([measure(" ".join([Path(model).name, Path(data).stem, *settings]), keys)])
+        row = measure(" ".join([Path(model).name, Path(data).stem, *settings]), keys)
+        if really:
+            row["run_gib"] = run_peak(model, data, settings)
+            print(f"run: {row['run_gib']} GiB")
+        write([row])
     else:
         write(tiny())
 
