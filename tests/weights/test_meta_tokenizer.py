@@ -12,7 +12,7 @@ import pytest
 
 from tuoling.errors import ModelError
 from tuoling.models.tokenizers import load_tokenizer
-from tuoling.weights.meta_tokenizer import find_tokenizer, write_tokenizer
+from tuoling.weights.meta_tokenizer import find_tokenizer, tokenizer_from_byte_strings, write_tokenizer
 
 TEXT = "Once upon a time  there were 3 rabbits, 12345 of them!\n\n今天天气很好，我们去公园玩。 don't  \t🙂"
 
@@ -104,6 +104,13 @@ def test_llama3s_list_gives_what_merging_by_rank_gives(tmp_path: Path) -> None:
         "<|python_tag|>",
     ]
     assert (out / "original/tokenizer.model").is_file() and not (out / "tokenizer.model").exists()
+
+
+def test_the_lower_rank_is_merged_first() -> None:
+    letters = [bytes([byte]) for byte in range(256)]
+    for pairs, wanted in (([b"ab", b"bc"], [256, ord("c")]), ([b"bc", b"ab"], [ord("a"), 256])):
+        backend, _ = tokenizer_from_byte_strings([*letters, *pairs], words=258 + 256)
+        assert backend.encode("abc", add_special_tokens=False).ids == wanted
 
 
 def test_a_tokenizer_of_another_model_is_refused(shared_data: Path, tmp_path: Path) -> None:
