@@ -8,7 +8,7 @@ round, each in a process of its own, bf16, LoRA r8 alpha 16 dropout 0.05 on all 
 PEERS.py is a script with the command line `run ENGINE --model DIR --data ROWS --rows N --batch B --finetuning lora|full`
 that prints one JSON line with tokens_per_s and peak_gib. Medians over rounds; the share of the machine's own matmul
 rate counts the floating-point operations that are needed: no gradients of frozen weights, the head on learned tokens.
-`--write` leaves train.md and train.json beside this script.
+`--write` leaves train.md and train.json beside this script, `--more` adds the rounds to those that lie there.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class Shape:
 
 
 SHAPES = {
-    "bloom-6x512": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=32),
-    "bloom-560m": Shape("bloom", 24, 1024, 16, 250_880, batch=4, rows=16),
-    "llama-8x512": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=48),
-    "bloom-6x512-full": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=48, finetuning="full"),
-    "llama-8x512-full": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=64, finetuning="full"),
+    "bloom-6x512": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=24),
+    "bloom-560m": Shape("bloom", 24, 1024, 16, 250_880, batch=4, rows=12),
+    "llama-8x512": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=64),
+    "bloom-6x512-full": Shape("bloom", 6, 512, 8, 250_880, batch=8, rows=16, finetuning="full"),
+    "llama-8x512-full": Shape("llama", 8, 512, 8, 50_432, batch=8, rows=24, finetuning="full"),
 }
 
 
@@ -164,7 +164,8 @@ def run_tuoling(shape: Shape, model: Path, rows: Path, folder: Path) -> dict[str
     if done.returncode:
         raise SystemExit(f"tuoling failed:\n{done.stderr[-3000:]}")
     results: dict[str, Any] = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
-    return results
+    plan = json.loads((out / "run.json").read_text(encoding="utf-8"))["plan"]
+    return {**results, "planned_gib": plan["memory_bytes"] / 2**30}
 
 
 def run_peer(engine: str, arguments: argparse.Namespace, shape: Shape, model: Path) -> dict[str, Any]:
@@ -183,17 +184,18 @@ def run_peer(engine: str, arguments: argparse.Namespace, shape: Shape, model: Pa
 
 
 def matmul_rate(hidden: int) -> float:
-    """Best bf16 rate of this machine at [2048, hidden] x [hidden, 4 hidden], operations a second."""
+    """Usual bf16 rate of this machine at [2048, hidden] x [hidden, 4 hidden], operations a second: the median of 30,
+    as a run is timed by what the machine usually gives it and not by its best moment."""
     x, weight = (
         torch.randn(2048, hidden, dtype=torch.bfloat16),
         torch.randn(4 * hidden, hidden, dtype=torch.bfloat16),
     )
-    best = float("inf")
+    seconds = []
     for _ in range(30):
         start = time.perf_counter()
         torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048 * hidden * 4 * hidden / best
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * hidden * 4 * hidden / median(seconds)
 
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -218,7 +220,6 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             kept.peak_gib.append(peak)
             kept.loss_first, kept.loss_last = first, last
             print(f"{name} {engine}: {line['tokens_per_s']:,.0f} tokens/s, {peak:.2f} GiB", file=sys.stderr)
-    rate = median(rates)
     learned_share = ours["learned_tokens"] / ours["tokens"]
     ops_per_token = shape.needed_flops(1.0, learned_share)
     return {
@@ -226,10 +227,24 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         **asdict(shape),
         "tokens": ours["tokens"],
         "learned_share": round(learned_share, 4),
-        "matmul_gflops": round(rate / 1e9, 1),
-        "share_of_matmul": round(median(found["tuoling"].tokens_per_s) * ops_per_token / rate, 3),
+        "planned_gib": round(ours["planned_gib"], 3),
+        "needed_gflop_per_token": round(ops_per_token / 1e9, 4),
+        "matmul_gflops": [round(rate / 1e9, 1) for rate in rates],
         "engines": {engine: asdict(kept) for engine, kept in found.items()},
     }
+
+
+def with_rounds_of(result: dict[str, Any], kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """`result` after the rounds of the same shape that are kept, engine by engine."""
+    for old in kept:
+        if any(old[key] != result[key] for key in ("shape", "tokens", *Shape.__dataclass_fields__)):
+            continue
+        result["matmul_gflops"] = old["matmul_gflops"] + result["matmul_gflops"]
+        for engine, before in old["engines"].items():
+            after = result["engines"].setdefault(engine, {**before, "tokens_per_s": [], "peak_gib": []})
+            for key in ("tokens_per_s", "peak_gib"):
+                after[key] = before[key] + after[key]
+    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -252,9 +267,11 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{peak / median(ours['peak_gib']):.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        rate = median(result["matmul_gflops"])
+        share = median(ours["tokens_per_s"]) * result["needed_gflop_per_token"] / rate
         lines.append(
-            f"| | needed matmuls run at {100 * result['share_of_matmul']:.0f} % of this machine's "
-            f"{result['matmul_gflops']:,.0f} GF/s | | | | | |"
+            f"| | needed matmuls run at {100 * share:.0f} % of this machine's {rate:,.0f} GF/s "
+            f"| | | {result.get('planned_gib', 0):.2f} planned | | |"
         )
     return "\n".join(lines)
 
@@ -273,6 +290,7 @@ def main() -> None:
     parser.add_argument("--engines", default="trainer,trainer-group,trl,llamafactory")
     parser.add_argument("--models", help="folder where the shapes are kept between runs")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--more", action="store_true", help="add the rounds to those written before")
     arguments = parser.parse_args()
     folder = Path(arguments.models or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
@@ -283,6 +301,8 @@ def main() -> None:
         kept_file = HERE / "train.json"
         kept = json.loads(kept_file.read_text(encoding="utf-8")) if kept_file.exists() else []
         names = {result["shape"] for result in results}
+        if arguments.more:
+            results = [with_rounds_of(result, kept) for result in results]
         kept = [old for old in kept if old["shape"] not in names] + results
         kept_file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         (HERE / "train.md").write_text(table(kept) + "\n", encoding="utf-8")

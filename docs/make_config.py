@@ -138,6 +138,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "某条数据是另一条的开头时（对话的前几轮与多一轮的同一段对话），放在那一条里一起计算。"
                 "每条数据的损失和梯度不变；但一步会包含更多数据，一轮的步数变少。",
             ),
+            "share_head": (
+                "Compute what all rows of a batch begin with (a template's fixed words) once in it, on a CPU. Loss and "
+                "gradient are the same; with dropout the head has one draw for all rows.",
+                "一批数据共同的开头（模板的固定文字）只算一次，限 CPU。损失和梯度不变；有 dropout 时，开头部分各条共用一次随机。",
+            ),
             "allow_bad": (
                 "Share of rows that may be bad (`1%`, 0.01) before the run is refused; bad rows are left out.",
                 "可容忍的坏数据比例（`1%` 或 0.01），超过则不开始训练；坏数据不参与训练。",
@@ -208,9 +213,9 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             ),
             "warmup_ratio": ("The same as a share of all steps.", "预热占总步数的比例。"),
             "optim": (
-                "adamw, or muon for whole models: Muon's steps for the weight matrices inside the blocks, AdamW's for "
+                "adamw; adamw_8bit: its states in 8 bits (bitsandbytes, extra `quant`); muon for whole models: Muon's steps for the weight matrices inside the blocks, AdamW's for "
                 "everything else, at one learning rate.",
-                "adamw；全参数训练也可用 muon：各层内部的权重矩阵用 Muon 更新，其余用 AdamW，两者共用一个学习率。",
+                "adamw；adamw_8bit：优化器状态只占 8 位（需要 bitsandbytes，附加包 `quant`）；全参数训练也可用 muon：各层内部的权重矩阵用 Muon 更新，其余用 AdamW，两者共用一个学习率。",
             ),
             "weight_decay": (
                 "AdamW's decay; biases and norms are left out.",
@@ -219,6 +224,14 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "adam_beta1": ("AdamW.", "AdamW 参数。"),
             "adam_beta2": ("AdamW.", "AdamW 参数。"),
             "adam_epsilon": ("AdamW.", "AdamW 参数。"),
+            "label_smoothing_factor": (
+                "Share of a label's weight that is spread over all words while training; validation is without it.",
+                "训练时把标签权重的这个比例平摊到全部词上；验证不加。",
+            ),
+            "z_loss": (
+                "While training, this times the squared log-sum-exp of the logits is added to a token's loss (PaLM: 1e-4).",
+                "训练时每个 token 的损失加上它乘以 logits 的 log-sum-exp 的平方（PaLM 用 1e-4）。",
+            ),
             "max_grad_norm": (
                 "Gradients are clipped to this norm; 0 switches it off.",
                 "梯度裁剪到这个范数；0 表示不裁剪。",

@@ -79,7 +79,7 @@ def test_two_names_with_two_values_are_an_error(tmp_path: Path) -> None:
         ("quantization_method=hqq", "kept by bitsandbytes here"),
         ("llm_int8_threshold=0.0", "its own threshold of 6.0"),
         ("llm_int8_skip_modules=lm_head", "not supported, and leaving it out would change the result"),
-        ("optim=adafactor", "optim=adafactor: must be one of adamw, muon"),
+        ("optim=adafactor", "optim=adafactor: must be one of adamw, adamw_8bit, muon"),
         ("max_seq_len=1", "max_seq_len=1: must be greater than 1"),
     ],
 )

@@ -62,6 +62,7 @@ def test_smoothing_keeps_constants_lines_and_the_first_value() -> None:
     assert plots.smooth([5.0]) == [5.0] and plots.smooth([]) == []
 
 
+@pytest.mark.slow
 def test_english_labels(tmp_path: Path, labels: list[str]) -> None:
     path = plots.loss_plot([*ROWS, {"step": 30, "eval_loss": 0.5}], tmp_path / "loss.png")
     assert path.read_bytes().startswith(PNG)

@@ -14,7 +14,10 @@ from tuoling.errors import ConfigError
 from tuoling.language import tr
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw8bit"), "adamw_8bit"),
+}
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 """Defaults that suit adapters and whole models; written into the resolved config like any other value."""
 
@@ -54,7 +57,7 @@ def _dtype(value: Any) -> Any:
 
 
 def _optimizer(value: Any) -> Any:
-    return "adamw" if value in PLAIN_OPTIMIZERS else value
+    return OPTIMIZERS.get(value, value) if isinstance(value, str) else value
 
 
 Number = Annotated[float, BeforeValidator(_not_bool)]
@@ -108,6 +111,8 @@ class RunConfig(BaseModel):
     learn_cut_answers: bool = False
     train_on_inputs: bool = False
     share_prefixes: bool = False
+    share_head: bool = False
+    """What all rows of a batch begin with is computed once in it. Packed rows on a CPU only; exact without dropout."""
     """Off: with it a step holds more of the data, and an epoch has fewer steps."""
     allow_bad: Annotated[Share, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be bad before the run is refused."""
@@ -135,12 +140,15 @@ class RunConfig(BaseModel):
     warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
     """When given it decides instead of `warmup_ratio`."""
     warmup_ratio: Annotated[Share, Field(ge=0, lt=1)] = 0.03
-    optim: Annotated[Literal["adamw", "muon"], BeforeValidator(_optimizer)] = "adamw"
+    optim: Annotated[Literal["adamw", "adamw_8bit", "muon"], BeforeValidator(_optimizer)] = "adamw"
     """muon: for the weight matrices of whole models; the rest, and adapters, take AdamW's steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    label_smoothing_factor: Annotated[Share, Field(ge=0, lt=1)] = 0.0
+    z_loss: Annotated[Number, Field(ge=0)] = 0.0
+    """Times the squared log-sum-exp of the logits, added to the loss of a token."""
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
     """0 switches clipping off."""
     seed: Annotated[Whole, Field(ge=0)] = 42

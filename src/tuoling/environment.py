@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(
+        logging.ERROR
+    )  # torchao registers two enums in the old way
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -80,6 +84,23 @@ def quiet_libraries() -> None:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "LRU_CACHE_CAPACITY": "64",
     }.items():
+        os.environ.setdefault(name, value)
+
+
+GPTQMODEL = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
+"""Before gptqmodel is imported. On 2 cores its pool of one thread refuses its own loader, which wants two. Its packing
+in C++ is compiled at first use, a minute or more, and saves less than that on models that fit a small machine."""
+
+
+def for_gptqmodel(path: Sequence[str]) -> dict[str, str]:
+    """The environment of a child process that quantises: as ours, modules found where ours are, no network."""
+    own = {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **GPTQMODEL, **own}
+
+
+def prepare_gptqmodel() -> None:
+    """Before it is imported into this process."""
+    for name, value in GPTQMODEL.items():
         os.environ.setdefault(name, value)
 
 
@@ -228,6 +249,9 @@ def versions() -> dict[str, str]:
         "accelerate",
         "safetensors",
         "bitsandbytes",
+        "gptqmodel",
+        "gguf",
+        "llama-cpp-python",
         "numpy",
     ):
         try:

@@ -102,7 +102,7 @@ OTHER_VERB_PREFIXES = (
 REFUSED = _names(
     """llm_int8_skip_modules llm_int8_has_fp16_weight llm_int8_enable_fp32_cpu_offload use_dora use_rslora use_qalora pissa_init loraplus_lr_ratio
     additional_target modules_to_save create_new_adapter use_galore use_apollo use_badam use_adam_mini
-    use_llama_pro neftune_noise_alpha label_smoothing_factor resize_vocab add_tokens add_special_tokens
+    use_llama_pro neftune_noise_alpha resize_vocab add_tokens add_special_tokens
     new_special_tokens_config rope_scaling shift_attn mixture_of_depths moe_aux_loss_coef train_from_scratch
     interleave_probs default_system disable_shuffling early_stopping_steps use_dft_loss use_asft_loss use_eaft_loss
     fp8 enable_fp8_training lr_scheduler_kwargs optim_args push_to_hub split_special_tokens use_mca

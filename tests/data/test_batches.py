@@ -169,6 +169,7 @@ def test_windows_are_at_least_as_large_as_they_say() -> None:
     assert min(large) * some_lengths(5000).mean() >= 0.95 * batches.WINDOW_PACKS * 8192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["alpaca/alpaca_zh_demo.json", "domain/domain.train.json"])
 def test_packs_of_real_rows_are_nearly_full(
     tmp_path: Path, request: pytest.FixtureRequest, shared_data: Path, file: str

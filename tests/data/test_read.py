@@ -75,6 +75,7 @@ def test_compressed_files_are_read_by_content(tmp_path):
     assert [answer for _, answer in read(path)] == answers()
 
 
+@pytest.mark.slow
 def test_a_cut_gzip_yields_what_is_there_and_says_where(tmp_path):
     noise = random.Random(1)
     many = [{"instruction": str(noise.random()), "output": str(noise.random())} for _ in range(20_000)]
@@ -219,6 +220,7 @@ def test_prose_that_looks_like_something_else(tmp_path, text):
         assert [row.format for row in rows] == ["text", "text"]
 
 
+@pytest.mark.slow
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")

@@ -137,6 +137,7 @@ def test_what_looks_like_a_path_is_never_a_hub_id(tmp_path, monkeypatch):
     assert (source.hub, source.sample) == ("BelleGroup/train_1M_CN", 100)
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_through_a_local_folder(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -81,6 +81,7 @@ def test_files_that_are_there_are_kept(tmp_path):
     assert split([source], test=2, out=tmp_path, force=True).test_rows == 2
 
 
+@pytest.mark.slow
 def test_a_real_file_splits_without_overlap(shared_data, tmp_path):
     source = Source(str(shared_data / "domain" / "domain.train.json"))
     split([source], test=0.1, out=tmp_path)

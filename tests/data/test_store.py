@@ -80,6 +80,7 @@ def test_second_run_reuses_and_says_so(tmp_path: Path) -> None:
     assert first.key == again.key and again[3].input_ids.tolist() == first[3].input_ids.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -322,6 +323,7 @@ def test_no_end_token_leaves_nothing_behind(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_real_rows(tmp_path: Path, shared_data: Path) -> None:
     """domain-bloom's 1,666 rows at its own 512: 317 do not fit, and the error says what would."""
     from transformers import PreTrainedTokenizerFast

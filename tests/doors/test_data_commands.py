@@ -83,6 +83,7 @@ def test_wrong_calls_are_told_apart_from_bad_input(rows, words, code, said):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_tokens_of_a_real_tokenizer(shared_data):
     tokenizer = shared_data / "tokenizers" / "gpt-neox-20b" / "20B_tokenizer.json"
     train = shared_data / "domain" / "domain.train.json"

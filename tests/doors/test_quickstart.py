@@ -14,9 +14,8 @@ from tuoling.demo import quickstart as demo
 from tuoling.demo.base import Size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["bloom", "llama"])
-def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A course of seconds; the model learns a little."""
     usual, few = demo.Course(), {"per_device_train_batch_size": 8, "num_train_epochs": 1}
     small = demo.Course(
         corpus=800,
@@ -27,6 +26,12 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: s
         size=Size(hidden=32, layers=2, heads=4),
     )
     monkeypatch.setattr(demo, "Course", lambda: small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    make_small(monkeypatch)
     out = tmp_path / "demo"
     call = ["quickstart", "--out", str(out), "--family", family, "--seed", "1"]
     result = CliRunner().invoke(app, call)
@@ -51,3 +56,27 @@ def test_an_unknown_family_is_a_wrong_call(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["quickstart", "--family", "gpt", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2 and "--family" in result.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_the_whole_way_to_a_file_for_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Merged, quantised and as GGUF; what an extra is missing for is told and left out."""
+    from importlib.util import find_spec
+
+    make_small(monkeypatch)
+    out = tmp_path / "demo"
+    call = ["quickstart", "--full", "--json", "--out", str(out), "--family", family, "--seed", "1"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    forms = {form["name"]: form for form in found["forms"]}
+    wanted = {"merged": True, "GPTQ 4 bit": find_spec("gptqmodel"), "GGUF q4_0": find_spec("llama_cpp")}
+    assert {name for name, there in wanted.items() if there} <= forms.keys()
+    assert len(forms) + len(found["left_out"]) == 3
+    for form in forms.values():
+        assert Path(form["path"]).exists() and form["size_bytes"] > 10_000
+    assert json.loads((out / "merged" / "parity.json").read_text())["passed"]
+    assert forms["merged"]["accuracy"] == pytest.approx(sum(found["after"].values()) / len(found["after"]))

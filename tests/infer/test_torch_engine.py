@@ -160,6 +160,7 @@ def test_nothing_of_a_stop_string_is_shown(engine: TorchEngine, num_beams: int) 
         assert streamed(engine, text, settings)[0] == reply.text
 
 
+@pytest.mark.slow
 def test_generation_itself_ends_at_a_stop_string(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_generation_itself_ends_at_a_stop_string(
     assert lengths == [reply.completion_tokens]
 
 
+@pytest.mark.slow
 def test_stops_of_one_row_leave_the_others_alone(engine: TorchEngine) -> None:
     settings = GenerationSettings(max_new_tokens=24, stop=(stops_inside(engine)[0][2],))
     batch = engine.generate([ask(text) for text in QUESTIONS], settings)

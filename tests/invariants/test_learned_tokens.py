@@ -43,6 +43,7 @@ def example(tokenizer, segments, row: int = 0) -> Example:  # type: ignore[no-un
     return Example(np.array(ids, np.uint32), np.array(spans, np.int64).reshape(-1, 2), row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_is_answer_and_end(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = load(name, request)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tuoling.errors import ModelError
 from tuoling.kernels.install import FastModel, install
+from tuoling.kernels.loss import Extras
 
 VOCAB = 160
 FAMILIES = ("bloom", "llama", "qwen2")
@@ -308,6 +309,34 @@ def test_nothing_learned_with_stock_logits() -> None:
     input_ids, labels, positions, bounds = batch(ROWS["odd lengths"])
     loss = installed.loss_sum(input_ids, torch.full_like(labels, -100), positions, bounds)
     assert loss.item() == 0.0 and not any(g.any() for g in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("head", ["fused", "stock logits"])
+def test_label_smoothing_and_z_loss_are_trained_and_not_validated(head: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj"] if head == "fused" else ["q_proj", "lm_head"]
+    model = get_peft_model(make("llama"), LoraConfig(r=4, target_modules=targets)).train()
+    input_ids, labels, _, _ = batch(ROWS["odd lengths"])
+    total = torch.zeros(())
+    for ids, wanted in zip(
+        input_ids.split(ROWS["odd lengths"]), labels.split(ROWS["odd lengths"]), strict=True
+    ):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        total = total + F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=0.1)
+        total = total + 1e-2 * logits[wanted != -100].logsumexp(1).square().sum()
+    theirs = gradients(model, total)
+    installed = install(model, extras=Extras(label_smoothing=0.1, z_loss=1e-2), say=lambda _: None)
+    assert installed.fused_loss == (head == "fused")
+    loss = installed.loss_sum(*batch(ROWS["odd lengths"]))
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    ours = gradients(model, loss)
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+    model.eval()
+    with torch.no_grad():
+        plain = installed.loss_sum(*batch(ROWS["odd lengths"]))
+    assert plain.item() == pytest.approx(stock(model, ROWS["odd lengths"]).item(), rel=1e-5)
 
 
 def test_install_refuses_what_is_no_causal_model() -> None:

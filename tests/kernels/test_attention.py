@@ -21,6 +21,7 @@ def draw(
     return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(1,), (9,), (3, 1, 1, 7), (2,) * 40, (30, 5, 29, 1, 61)])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("slopes", [None, SLOPES])

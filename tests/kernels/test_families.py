@@ -17,6 +17,7 @@ STOCK_LOSS = {"gemma2", "recurrent_gemma"}
 RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "bamba", "jamba", "recurrent_gemma", "lfm2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_family(case: Case) -> None:
     outcome = examine(case)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tuoling.kernels.loss import linear_cross_entropy, reference_cross_entropy, supervised
+from tuoling.kernels.loss import Extras, linear_cross_entropy, reference_cross_entropy, supervised
 
 
 def draw(rows: int, width: int, words: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> tuple:
@@ -103,3 +103,24 @@ def test_backward_twice_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         total.backward()
+
+
+@pytest.mark.parametrize("extras", [Extras(0.1), Extras(0.0, 1e-2), Extras(0.2, 1e-3)])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_label_smoothing_and_z_loss_equal_their_formula(extras: Extras, scale: float) -> None:
+    hidden, weight, bias, labels = draw(23, 12, 301)
+    total, _ = linear_cross_entropy(
+        hidden, weight, labels, bias, scale=scale, extras=extras, chunk_bytes=6000
+    )
+    scores = scale * F.linear(hidden.double(), weight.double(), bias.double())
+    logs = scores - scores.exp().sum(1, keepdim=True).log()
+    wanted = torch.full_like(scores, extras.label_smoothing / scores.shape[1])
+    wanted[torch.arange(len(labels)), labels] += 1 - extras.label_smoothing
+    expected = -(wanted * logs).sum() + extras.z_loss * scores.exp().sum(1).log().pow(2).sum()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    ours = torch.autograd.grad(total, [hidden, weight, bias])
+    theirs = torch.autograd.grad(expected, [hidden, weight, bias])
+    for mine, true in zip(ours, theirs, strict=True):
+        assert (mine.double() - true.double()).norm() <= 2e-6 * true.double().norm()
+    plain = reference_cross_entropy(hidden, weight, labels, bias, scale=scale, extras=extras)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=0)

@@ -26,6 +26,7 @@ def expected(shared_data: Path) -> str:
     return (shared_data / "weights/stories260K/expected_greedy_200.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_200_greedy_tokens_from_the_begin_token(model: Model, expected: str) -> None:
     reply = model.engine.generate(
         [Conversation((Turn("text", ""),))], model.settings(max_new_tokens=200, do_sample=False)
@@ -45,6 +46,7 @@ def test_stream_gives_the_same_text_in_many_pieces(model: Model, expected: str) 
     assert pieces[-1].reply is not None and pieces[-1].reply.text == expected
 
 
+@pytest.mark.slow
 def test_answer_stops_at_the_context(model: Model) -> None:
     reply = model.engine.generate(
         [Conversation((Turn("text", "Once upon a time"),))], model.settings(max_new_tokens=4000)

@@ -91,6 +91,7 @@ def test_chat_template_from_either_place(folder: Path) -> None:
     assert load_tokenizer(folder).chat_template == "{{ 2 }}"
 
 
+@pytest.mark.slow
 def test_real_folders(shared_data: Path) -> None:
     found = {}
     for name in ("gpt-neox-20b", "mistral-v1", "openllama-zh-en", "minimind"):

@@ -21,6 +21,7 @@ _RELAXED = settings(
 )
 
 
+@pytest.mark.slow
 @REAL
 def test_special_tokens_typed_into_a_row_stay_text(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = load(name, request)

@@ -36,6 +36,7 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("bloom"))
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path) -> None:
     result = run(tmp_path, bloom, num_train_epochs=6, val_size=4, save_steps=5, save_total_limit=1)
     assert result.status == "finished"
@@ -83,6 +84,7 @@ def test_every_row_is_seen_once_an_epoch(
         assert sorted(seen[epoch * 7 : epoch * 7 + 7]) == list(range(7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
 def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_type: str) -> None:
     losses, weights = [], []
@@ -147,6 +149,7 @@ def test_the_gradient_is_the_same_in_any_number_of_micro_batches(
         assert (gradient - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
 
 
+@pytest.mark.slow
 def test_a_run_in_steps_of_tokens(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
     step = loop.train_step
@@ -167,6 +170,7 @@ def test_a_run_in_steps_of_tokens(tmp_path: Path, bloom: Path, monkeypatch: pyte
     assert "token" in (result.path / "README.md").read_text().split("每步 each step |")[1].splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_validation_and_does_not_change_it(tmp_path: Path, bloom: Path) -> None:
     losses = []
     for name, more in (("a", {}), ("b", {"max_tokens_per_batch": 64})):
@@ -176,6 +180,7 @@ def test_a_budget_bounds_validation_and_does_not_change_it(tmp_path: Path, bloom
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_bit_for_bit(tmp_path: Path, bloom: Path) -> None:
     first = run(tmp_path / "a", bloom, lora_dropout=0.1)
     second = run(tmp_path / "b", bloom, lora_dropout=0.1)
@@ -354,6 +359,7 @@ def test_other_tools_render_the_same_prompt(tmp_path: Path, bloom: Path) -> None
     assert text == "<s>用户:1 加 2 等于多少？\n\n助手:"
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tmp_path: Path, bloom: Path) -> None:
     first = run(tmp_path / "a", bloom, num_train_epochs=4, lora_rank=4, warmup_steps=0)
     again = run(tmp_path / "b", bloom, adapter_name_or_path=str(first.path), warmup_steps=0, max_steps=1)

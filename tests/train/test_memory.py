@@ -95,6 +95,7 @@ def test_saved_bytes_of_a_llama_block_against_a_sum_by_hand() -> None:
     assert block == pytest.approx(by_hand + weights_of_adapters, rel=0.1)
 
 
+@pytest.mark.slow
 def test_saved_bytes_grow_with_rows_length_and_layers() -> None:
     base = saved([200])
     assert saved([200, 200]) > base < saved([300])
@@ -114,6 +115,7 @@ def test_bloom_and_dropout_are_counted() -> None:
     assert dropped - without == 256 * inputs * 8 // 2
 
 
+@pytest.mark.slow
 def test_what_fits_is_what_the_estimate_says_and_the_cheapest_comes_first() -> None:
     config = RunConfig(per_device_train_batch_size=8)
     lengths = np.full(50, 900)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
+from tuoling.errors import MissingPackage
 from tuoling.train.checkpoint import load_optimizer, save_checkpoint
-from tuoling.train.optim import make_optimizer, set_learning_rate
+from tuoling.train.optim import make_optimizer, require_optimizer, set_learning_rate
 
 
 class Settings:
@@ -25,6 +26,10 @@ class MuonSettings(Settings):
     optim = "muon"
 
 
+class EightBitSettings(Settings):
+    optim = "adamw_8bit"
+
+
 def test_only_matrices_are_decayed() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     model[0].bias.requires_grad_(False)
@@ -34,9 +39,9 @@ def test_only_matrices_are_decayed() -> None:
     assert {id(p) for p in groups[1]["params"]} == {id(model[1].weight), id(model[1].bias)}
 
 
-def bloom() -> BloomForCausalLM:
+def bloom(hidden_size: int = 8) -> BloomForCausalLM:
     torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+    return BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=hidden_size, n_layer=1, n_head=2))
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -74,9 +79,12 @@ def test_muon_turns_the_matrices_of_the_blocks_and_adamw_moves_the_rest() -> Non
     assert cosine > 0.85
 
 
-def test_muons_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
-    model = bloom()
-    optimizer = make_optimizer(model, MuonSettings())  # type: ignore[arg-type]
+@pytest.mark.parametrize("settings", [MuonSettings(), EightBitSettings()], ids=["muon", "adamw_8bit"])
+def test_its_state_goes_through_a_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    if settings.optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    model = bloom(hidden_size=64)  # 8 bits begin at 4,096 numbers
+    optimizer = make_optimizer(model, settings)  # type: ignore[arg-type]
     for _ in range(2):
         step(model, optimizer)
     save_checkpoint(
@@ -88,9 +96,9 @@ def test_muons_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
         position={},
     )
     step(model, optimizer)
-    again = bloom()
+    again = bloom(hidden_size=64)
     again.load_state_dict(torch.load(tmp_path / "c" / "w.pt", weights_only=True))
-    fresh = make_optimizer(again, MuonSettings())  # type: ignore[arg-type]
+    fresh = make_optimizer(again, settings)  # type: ignore[arg-type]
     load_optimizer(tmp_path / "c", model=again, optimizer=fresh)
     step(again, fresh)
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -112,3 +120,29 @@ def test_several_optimizers_seen_as_one_load_a_state_dict() -> None:
     step(again, fresh)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_eight_bits_keep_small_states_and_step_like_adamw() -> None:
+    pytest.importorskip("bitsandbytes")
+    one, other = bloom(hidden_size=64), bloom(hidden_size=64)
+    start = [parameter.detach().clone() for parameter in one.parameters()]
+    whole = make_optimizer(one, Settings())  # type: ignore[arg-type]
+    eight = make_optimizer(other, EightBitSettings())  # type: ignore[arg-type]
+    for _ in range(5):
+        step(one, whole)
+        step(other, eight)
+    large = other.transformer.h[0].mlp.dense_h_to_4h.weight
+    assert (
+        eight.state[large]["state1"].dtype == torch.uint8
+        and eight.state[large]["state2"].dtype == torch.uint8
+    )
+    way = torch.cat([(p.detach() - s).flatten() for p, s in zip(one.parameters(), start, strict=True)])
+    way8 = torch.cat([(p.detach() - s).flatten() for p, s in zip(other.parameters(), start, strict=True)])
+    assert float((way - way8).norm() / way.norm()) < 0.1
+
+
+def test_eight_bits_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_optimizer("adamw")
+    with pytest.raises(MissingPackage, match="bitsandbytes"):
+        require_optimizer("adamw_8bit")

@@ -37,6 +37,7 @@ def config(tmp_path: Path, model: Path, rows: list[dict[str, str]], **keys: Any)
     return load_config((), (), settings).config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["last", "all"])
 def test_a_run_over_whole_epochs_learns_the_same(tmp_path: Path, bloom: Path, learn: str) -> None:
     """A step of the whole data, three times: equal losses and weights, the same number of learned tokens."""

@@ -21,6 +21,7 @@ HELD = [
 ]
 
 
+@pytest.mark.slow
 def test_one_lora_step_lowers_the_loss_on_held_text(tmp_path: Path, shared_data: Path) -> None:
     model = build_stories260k(shared_data, tmp_path / "model")
     losses = []

@@ -10,11 +10,11 @@ import typer
 from tuoling.language import tr
 
 HELP = tr(
-    """Talk to a model in the terminal: a run, an adapter, a model folder or a hub id.
+    """Talk to a model in the terminal: a run, an adapter, a model folder, a GGUF file or a hub id.
 
     Base, template and stops are read from what lies there. /help in the chat lists the commands; lines from a
     pipe are answered one by one.""",
-    """在终端与模型对话：可以是运行目录、适配器、模型目录或模型库编号。
+    """在终端与模型对话：可以是运行目录、适配器、模型目录、GGUF 文件或模型库编号。
 
     基座、模板与停止符都从目录里读取。对话中输入 /help 查看命令；从管道读入时逐行回答。""",
 )
@@ -23,7 +23,10 @@ RunOrModel = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help=tr("run, adapter or model folder, or hub id", "运行、适配器或模型目录，或模型库编号"),
+        help=tr(
+            "run, adapter or model folder, .gguf file, or hub id",
+            "运行、适配器或模型目录，.gguf 文件，或模型库编号",
+        ),
     ),
 ]
 Template = Annotated[

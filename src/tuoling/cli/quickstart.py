@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ from tuoling.errors import UsageError
 from tuoling.language import tr
 
 if TYPE_CHECKING:
+    from tuoling.demo.full import Forms
     from tuoling.demo.quickstart import Outcome
 
 HELP = tr(
@@ -39,6 +41,15 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help=tr("move an old folder aside", "旧目录改名保留"))
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help=tr(
+                "then merge, quantise, write GGUF and chat from it", "再合并、量化、写出 GGUF，并用它对话"
+            ),
+        ),
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help=tr("chat at the end", "结束后进入对话"))] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print one JSON object", "输出一个 JSON 对象"))
@@ -59,16 +70,53 @@ def command(
         started=started,
         say=console.note,
     )
+    if not as_json:
+        _show(outcome)
+    forms = _make_forms(outcome.run) if full else None
     if as_json:
-        found = {"run": str(outcome.run), "before": outcome.before, "after": outcome.after}
-        typer.echo(json.dumps({**found, "seconds": round(outcome.seconds, 1)}, ensure_ascii=False))
+        found: dict[str, Any] = {"run": str(outcome.run), "before": outcome.before, "after": outcome.after}
+        found |= {"forms": [asdict(form) for form in forms.made], "left_out": forms.left_out} if forms else {}
+        typer.echo(
+            json.dumps({**found, "seconds": round(outcome.seconds, 1)}, ensure_ascii=False, default=str)
+        )
         return
-    _show(outcome)
-    _talk(outcome.run)
+    if forms:
+        _show_forms(outcome, forms)
+    asked = (forms and forms.gguf) or outcome.run
+    _talk(asked)
     if chat:
         from tuoling.cli.chat import command as open_chat
 
-        open_chat(str(outcome.run))
+        open_chat(str(asked))
+
+
+def _make_forms(run: Path) -> Forms:
+    from tuoling.demo.full import make_forms
+
+    return make_forms(run, say=console.note)
+
+
+def _show_forms(outcome: Outcome, forms: Forms) -> None:
+    """What each form of the weights takes and knows."""
+    from rich.table import Table
+
+    from tuoling.demo.quickstart import mean
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(tr("form of the weights", "权重形式"))
+    table.add_column(tr("size", "大小"), justify="right")
+    table.add_column(tr("right answers", "正确率"), justify="right")
+    table.add_row(tr("adapter on its base", "基座加适配器"), "", f"{mean(outcome.after):.0%}")
+    for form in forms.made:
+        right = tr("not asked", "未测") if form.accuracy is None else f"{form.accuracy:.0%}"
+        table.add_row(form.name, f"{form.size_bytes / 1e6:.2f} MB", right)
+    console.out.print(table)
+    for form in forms.made:
+        console.out.print(f"{form.name}  {form.path}", markup=False)
+    if forms.gguf:
+        console.out.print(
+            tr(f"next  tuoling chat {forms.gguf}", f"下一步  tuoling chat {forms.gguf}"), markup=False
+        )
 
 
 def _show(outcome: Outcome) -> None:
@@ -100,11 +148,11 @@ def _show(outcome: Outcome) -> None:
         console.out.print(f"{label}  {path}", markup=False)
 
 
-def _talk(run: Path) -> None:
+def _talk(model_path: Path) -> None:
     """A few questions and answers."""
     from tuoling import api
 
-    with api.load(run) as model:
+    with api.load(model_path) as model:
         for question in TURNS:
             answer = model.chat(question, max_new_tokens=48)
             console.out.print(f"[dim]{tr('you', '你')}[/dim]  {question}")

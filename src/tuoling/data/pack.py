@@ -22,6 +22,8 @@ class Batch:
     the same example, else IGNORE_INDEX. position_ids [T] int64: from 0 in each example. cu_seqlens [B + 1] int32:
     where examples begin and end. rows: their indices in the store. num_learned: labels that count.
     extra_labels [E, 2] int64, or None: (t, id) for each further label of a position whose place in `labels` is taken.
+    head: above 0, all examples begin with the same `head` tokens, which lie here once, as the first of
+    cu_seqlens' documents; the others are what follows them, the longest first, their position_ids from `head` on.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +33,7 @@ class Batch:
     rows: list[int]
     num_learned: int
     extra_labels: torch.Tensor | None = None
+    head: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -42,11 +45,18 @@ class Batch:
             self.rows,
             self.num_learned,
             None if self.extra_labels is None else self.extra_labels.to(device, non_blocking=True),
+            self.head,
         )
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples side by side. Raises DataError for no examples, or an empty one."""
+def collate(examples: Sequence[Example], *, share_head: bool = False) -> Batch:
+    """Lay examples side by side. Raises DataError for no examples, or an empty one.
+
+    share_head: the tokens that all of them begin with, and that none learns anything at, lie there once.
+    """
+    head = _common_head(examples) if share_head else 0
+    if head:
+        examples = sorted(examples, key=lambda example: -len(example.input_ids))
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     if not len(lengths) or not lengths.all():
         raise DataError(tr("an empty example cannot be packed", "不能打包空样本"))
@@ -60,15 +70,43 @@ def collate(examples: Sequence[Example]) -> Batch:
             labels[start + begin - 1 : start + end - 1] = input_ids[start + begin : start + end]
     extra = _add_extra_labels(labels, examples, starts)
     positions = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
+    offsets = np.concatenate([[0], ends])
+    if head:
+        kept = (positions >= head) | (np.arange(len(input_ids)) < head)  # the first example's head stays
+        extra[:, 0] = np.cumsum(kept)[extra[:, 0]] - 1
+        input_ids, labels, positions = input_ids[kept], labels[kept], positions[kept]
+        offsets = np.concatenate([[0, head], head + np.cumsum(lengths - head)])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
         rows=[example.row for example in examples],
         num_learned=int((labels != IGNORE_INDEX).sum()) + len(extra),
         extra_labels=torch.from_numpy(extra) if len(extra) else None,
+        head=head,
     )
+
+
+def _common_head(examples: Sequence[Example]) -> int:
+    """Tokens that all examples begin with, up to the first position of any that is learned at; 0 for one example.
+
+    Every example keeps a token of its own: the last position of the head may predict nothing.
+    """
+    if len(examples) < 2:
+        return 0
+    length = min(len(example.input_ids) for example in examples) - 1
+    for example in examples:
+        learned = [max(int(begin), 1) - 1 for begin, end in example.spans.tolist() if end > max(begin, 1)]
+        if example.extra_labels is not None and len(example.extra_labels):
+            learned.append(int(example.extra_labels[:, 0].min()) - 1)
+        length = min([length, *learned])
+    first = examples[0].input_ids[:length]
+    for example in examples[1:]:
+        differing = np.flatnonzero(example.input_ids[: len(first)] != first)
+        if len(differing):
+            first = first[: int(differing[0])]
+    return len(first)
 
 
 def _add_extra_labels(labels: np.ndarray, examples: Sequence[Example], starts: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ import numpy as np
 from tuoling.errors import MissingPackage, ModelError
 from tuoling.language import tr
 
-_ERROR, _CONTINUED = 3, 5
-"""llama.cpp's log levels: an error, and the next part of the line before."""
+_ERROR = 4
+"""llama.cpp's log level of errors."""
 
 _SPM = 1
 """llama.cpp's number of the sentencepiece kind of vocabulary."""

@@ -5,6 +5,7 @@ Shapes: T tokens of the pack, N query heads, K key heads, D head size, L tokens 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,24 +55,35 @@ class Pack:
     """Lengths of the documents that lie one after the other in a row of T tokens.
 
     readable: False where tensors have shapes and no numbers (memory is being estimated), so that nothing can be
-    read off a mask.
+    read off a mask. head: above 0, the first document has so many tokens, and the others each go on after it, the
+    longest of them first (so that one whole document lies in one piece, where a model's mask can be read off it).
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     readable: bool = True
+    head: int = 0
     _layouts: dict[int, Layout] = field(default_factory=dict)
 
     @staticmethod
-    def of(cu_seqlens: Tensor) -> Pack:
+    def of(cu_seqlens: Tensor, head: int = 0) -> Pack:
         """From [B+1] offsets, the first 0 and the last T. Documents without tokens are left out."""
         ends = cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in itertools.pairwise(ends) if b > a)
-        return Pack(lengths, cu_seqlens)
+        return Pack(lengths, cu_seqlens, head=head)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Pack, Pack]:
+        """The head alone, and what follows it."""
+        return (
+            Pack(self.lengths[:1], self.cu_seqlens[:2], self.readable),
+            Pack(self.lengths[1:], self.cu_seqlens[1:] - self.head, self.readable),
+        )
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        """Tokens of the longest document, the head's among them."""
+        return self.head + self.lengths[1] if self.head else max(self.lengths)
 
     def layout(self, width: int) -> Layout:
         """Groups for heads of `width` = N x D numbers: short documents share a launch, long ones go alone.
@@ -143,6 +155,10 @@ class Bias:
         return (-slopes_N[:, None, None] * distance).masked_fill_(hidden, float("-inf")).unsqueeze(0)
 
 
+_CAUSAL = Bias()
+"""Nothing but that later tokens are hidden, for documents that go on after a head."""
+
+
 def attend(
     q_TND: Tensor,
     k_TKD: Tensor,
@@ -161,12 +177,39 @@ def attend(
         with torch.autocast(device, enabled=False):
             q_TND, k_TKD, v_TKD = q_TND.to(dtype), k_TKD.to(dtype), v_TKD.to(dtype)
             return attend(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
+    if pack.head:
+        before, rest = pack.parts
+        first, after = (
+            [x[part] for x in (q_TND, k_TKD, v_TKD)] for part in (slice(pack.head), slice(pack.head, None))
+        )
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "bias": bias}
+        return torch.cat(
+            [
+                attend(*first, before, **options),
+                _attend_documents(*after, rest, head=(first[1], first[2]), **options),
+            ]
+        )
     if q_TND.is_cuda:
         from tuoling.kernels import cuda
 
         done = cuda.attend(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
         if done is not None:
             return done
+    return _attend_documents(q_TND, k_TKD, v_TKD, pack, scale=scale, dropout=dropout, bias=bias)
+
+
+def _attend_documents(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    pack: Pack,
+    *,
+    scale: float,
+    dropout: float,
+    bias: Bias | None,
+    head: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Group by group. head: keys and values [H, K, D] that every document has before its own."""
     layout = pack.layout(q_TND.shape[1] * q_TND.shape[2])
     if layout.slots is not None:
         q_TND, k_TKD, v_TKD = (_Spread.apply(x, layout.slots, layout.padded) for x in (q_TND, k_TKD, v_TKD))
@@ -176,6 +219,11 @@ def attend(
         layout.groups, q_TND.split(sizes), k_TKD.split(sizes), v_TKD.split(sizes), strict=True
     ):
         q, k, v = (x.unflatten(0, (group.count, group.length)).transpose(1, 2) for x in (q, k, v))
+        if head is not None:
+            k, v = (
+                torch.cat([x.transpose(0, 1).expand(group.count, -1, -1, -1), own], dim=2)
+                for x, own in zip(head, (k, v), strict=True)
+            )
         out = _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out_TND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -188,8 +236,11 @@ def attend(
 def _attend_group(
     q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, *, scale: float, dropout: float, bias: Bias | None
 ) -> Tensor:
-    """Causal attention of B documents of one length; a bias longer than QUERY_ROWS is met in blocks."""
-    length = q_BNLD.shape[2]
+    """Causal attention of B documents of one length; a bias longer than QUERY_ROWS is met in blocks.
+
+    The queries are the last ones: with more keys than queries the first keys lie before all of them.
+    """
+    length, keys = q_BNLD.shape[2], k_BKLD.shape[2]
     options: dict[str, Any] = {
         "scale": scale,
         "dropout_p": dropout,
@@ -199,22 +250,27 @@ def _attend_group(
     if length < FLOAT32_BELOW and q_BNLD.dtype == torch.bfloat16 and q_BNLD.device.type == "cpu":
         q, k, v = q_BNLD.float(), k_BKLD.float(), v_BKLD.float()
         return _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias).to(q_BNLD.dtype)
-    plain = bias is None or (bias.slopes_N is None and (window is None or length <= window))
-    if length <= min(LONGEST, QUERY_ROWS) and q_BNLD.device.type == "cpu" and dropout == 0.0:
+    if bias is None and keys > length:
+        bias = _CAUSAL
+    plain = keys == length and (
+        bias is None or (bias.slopes_N is None and (window is None or length <= window))
+    )
+    if keys <= min(LONGEST, QUERY_ROWS) and q_BNLD.device.type == "cpu" and dropout == 0.0:
         repeat = q_BNLD.shape[1] // k_BKLD.shape[1]
         if repeat > 1:
             k_BKLD, v_BKLD = (x.repeat_interleave(repeat, dim=1) for x in (k_BKLD, v_BKLD))
         if bias is None:
             square = torch.full((1, 1, length, length), float("-inf"), dtype=q_BNLD.dtype).triu_(1)
         else:
-            square = bias.strip(length, length, q_BNLD).to(q_BNLD.dtype)
+            square = bias.strip(length, keys, q_BNLD).to(q_BNLD.dtype)
         return short_attention(q_BNLD, k_BKLD, v_BKLD, square, scale)
     if plain:
         return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, **options)
     assert bias is not None
-    bias.strip(min(length, QUERY_ROWS), length, q_BNLD)  # grow once, for the longest
+    bias.strip(min(length, QUERY_ROWS), keys, q_BNLD)  # grow once, for the longest
     blocks = []
-    for start, q in zip(range(0, length, QUERY_ROWS), q_BNLD.split(QUERY_ROWS, dim=2), strict=True):
+    starts = range(keys - length, keys, QUERY_ROWS)
+    for start, q in zip(starts, q_BNLD.split(QUERY_ROWS, dim=2), strict=True):
         end = start + q.shape[2]
         first = 0 if window is None else max(0, start - window + 1)
         mask = bias.strip(q.shape[2], end - first, q)

@@ -17,13 +17,17 @@ from tuoling.kernels.attention import Pack, Unpackable
 from tuoling.kernels.forwards import put_back
 from tuoling.kernels.head import Head, find_linear
 from tuoling.kernels.interface import active_pack, register
-from tuoling.kernels.loss import linear_cross_entropy, supervised
+from tuoling.kernels.loss import PLAIN, Extras, linear_cross_entropy, loss_of_logits, supervised
 from tuoling.kernels.quantized import multiplied_out
 from tuoling.language import tr
 
 
-def install(model: nn.Module, *, say: Callable[[str], None] = console.note) -> FastModel:
+def install(
+    model: nn.Module, *, extras: Extras = PLAIN, say: Callable[[str], None] = console.note
+) -> FastModel:
     """Give `model` (a causal language model of transformers, or a PeftModel around one) the fast step.
+
+    extras: label smoothing and z-loss of a model in training mode; validation has the cross entropy alone.
 
     Each fast path is tried on the model itself first; one that is not exact is left out, with the reason in
     `FastModel.reasons` and through `say`. The model is the same for everybody else: generation and ordinary
@@ -35,6 +39,7 @@ def install(model: nn.Module, *, say: Callable[[str], None] = console.note) -> F
     except BaseException:
         fast.uninstall()
         raise
+    fast.extras = extras  # from here on: the tries above compare with transformers' plain loss
     return fast
 
 
@@ -52,6 +57,7 @@ class FastModel:
         self.packed = False
         self.fused_loss = False
         self.reasons: list[str] = []
+        self.extras = PLAIN
         self._say = say
         unwrap: Any = getattr(model, "get_base_model", None)  # of a PeftModel
         self._base: Any = model if unwrap is None else unwrap()
@@ -71,14 +77,16 @@ class FastModel:
         position_ids: Tensor,
         cu_seqlens: Tensor,
         extra_labels: Tensor | None = None,
+        head: int = 0,
     ) -> Tensor:
         """Sum of cross entropy in nats over labels [T] != -100 of the documents input_ids [T]; never divides.
 
         labels are shifted already: labels[t] is what follows input_ids[t] in its document. cu_seqlens [B+1]
         are the documents' bounds. With nothing learned: a zero attached to the graph.
         extra_labels [E, 2]: further (t, label) pairs of the sum; a position may have many.
+        head: above 0, the first document has so many tokens, learns nothing, and every other goes on after it.
         """
-        pack = Pack.of(cu_seqlens)
+        pack = Pack.of(cu_seqlens, head)
         where = supervised(labels)
         labels = labels[where]
         if extra_labels is not None:
@@ -88,11 +96,12 @@ class FastModel:
                 return self._loss(input_ids, where, labels, position_ids, pack)
             except Unpackable as error:  # a mask that shows its true shape only in documents this long
                 self._refuse_packing(str(error))
-        losses, start = [], 0
-        for ids in input_ids.split(pack.lengths):
+        losses, start = [], head
+        for ids in input_ids[head:].split(pack.lengths[bool(head) :]):
             mine = (where >= start) & (where < start + len(ids))
             if bool(mine.any()) or not len(where):
-                losses.append(self._loss(ids, where[mine] - start, labels[mine]))
+                whole = torch.cat([input_ids[:head], ids])
+                losses.append(self._loss(whole, where[mine] - start + head, labels[mine]))
             start += len(ids)
         return torch.stack(losses).sum()
 
@@ -136,7 +145,11 @@ class FastModel:
             return out.float().sum()
         if not len(where):
             return out.float().sum() * 0.0
-        return probe.stock_loss(out if self._select else out[where], labels)
+        return loss_of_logits((out if self._select else out[where]).float(), labels, self._extras_now)
+
+    @property
+    def _extras_now(self) -> Extras:
+        return self.extras if self.model.training else PLAIN
 
     def _fused(self, labels: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
         """The head's answer [1, 1, 1]: the loss, divided by what the model will multiply it with."""
@@ -145,7 +158,9 @@ class FastModel:
             assert self._head is not None
             head = self._head.linear
             hidden_TD = hidden[0].index_select(0, where)
-            total, _ = linear_cross_entropy(hidden_TD, head.weight, labels, head.bias, scale=self._scale)
+            total, _ = linear_cross_entropy(
+                hidden_TD, head.weight, labels, head.bias, scale=self._scale, extras=self._extras_now
+            )
             return (total / self._scale).view(1, 1, 1)
 
         return answer

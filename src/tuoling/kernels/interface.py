@@ -84,7 +84,7 @@ def _window_of(mask_function: Callable[..., Tensor], pack: Pack, device: torch.d
     None where every token sees its whole past. Anything but "the last w tokens" is Unpackable.
     """
     length = pack.longest
-    start = sum(pack.lengths[: pack.lengths.index(length)])
+    start = 0 if pack.head else sum(pack.lengths[: pack.lengths.index(length)])
     zero = torch.zeros((), dtype=torch.long, device=device)
     keys = torch.arange(start, start + length, device=device)
     counts = {}

@@ -5,6 +5,7 @@ Shapes: T supervised positions, D hidden size, V vocabulary rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,25 @@ SLAB_ROWS = 16384
 SMALLEST_SHARE = 1e-30
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What is added to the cross entropy of a position; with both 0 nothing is, and nothing is paid for it.
+
+    label_smoothing: this share of the label's weight is spread over all words, the label's own among them
+    (Szegedy et al. 2016, as torch and transformers count it). z_loss: times the squared log-sum-exp of the logits,
+    which holds them near 0 (PaLM, Chowdhery et al. 2022: 1e-4).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.label_smoothing or self.z_loss)
+
+
+PLAIN = Extras()
+
+
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -35,6 +55,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     *,
     scale: float = 1.0,
+    extras: Extras = PLAIN,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, int]:
     """Sum in nats of the cross entropy of `scale * (hidden @ weight.T + bias)`, and the number of positions.
@@ -48,7 +69,9 @@ def linear_cross_entropy(
     if count == 0:
         zero = hidden_TD.sum() * 0.0 + weight_VD.sum() * 0.0
         return (zero if bias_V is None else zero + bias_V.sum() * 0.0).float(), 0
-    total: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, bias_V, labels_T, scale, chunk_bytes)
+    total: Tensor = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, bias_V, labels_T, scale, extras, chunk_bytes
+    )
     return total, count
 
 
@@ -64,10 +87,17 @@ def reference_cross_entropy(
     bias_V: Tensor | None = None,
     *,
     scale: float = 1.0,
+    extras: Extras = PLAIN,
 ) -> Tensor:
     """The same sum, plainly and in float64: the oracle of the tests and benchmarks."""
     logits_TV = F.linear(hidden_TD.double(), weight_VD.double(), None if bias_V is None else bias_V.double())
-    return F.cross_entropy(logits_TV * scale, labels_T, reduction="sum")
+    return loss_of_logits(logits_TV * scale, labels_T, extras)
+
+
+def loss_of_logits(logits_TV: Tensor, labels_T: Tensor, extras: Extras = PLAIN) -> Tensor:
+    """The sum where logits are at hand anyway, in their own dtype."""
+    total = F.cross_entropy(logits_TV, labels_T, reduction="sum", label_smoothing=extras.label_smoothing)
+    return total + extras.z_loss * logits_TV.logsumexp(1).square().sum() if extras.z_loss else total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -79,6 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_T: Tensor,
         scale: float,
+        extras: Extras,
         chunk_bytes: int,
     ) -> Tensor:
         device = hidden_TD.device.type
@@ -100,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part_TD = hidden_TD[start : start + scratch.rows].to(dtype)
                 logits_TV = scratch.logits(part_TD, head_VD, shift_V)
                 labels = labels_T[start : start + scratch.rows]
-                total += _softmax_gradient_(logits_TV, labels, scale, grads.wanted, scratch)
+                total += _softmax_gradient_(logits_TV, labels, scale, extras, grads.wanted, scratch)
                 grads.add(logits_TV, part_TD, head_VD, start)
         ctx.grads = grads
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
@@ -119,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden = None if grads.hidden is None else grads.hidden.mul_(grad.to(grads.hidden.dtype))
         weight = None if grads.weight is None else grads.weight.mul_(grad).to(weight_dtype)
         bias = None if grads.bias is None else grads.bias.mul_(grad).to(bias_dtype)
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
 def _rows_of_chunk(head_VD: Tensor, chunk_bytes: int) -> int:
@@ -175,7 +206,7 @@ class _Gradients:
 
 
 def _softmax_gradient_(
-    logits_TV: Tensor, labels_T: Tensor, scale: float, gradient: bool, scratch: _Scratch
+    logits_TV: Tensor, labels_T: Tensor, scale: float, extras: Extras, gradient: bool, scratch: _Scratch
 ) -> Tensor:
     """Cross entropy of the rows, summed in float64; logits_TV becomes its gradient, in place.
 
@@ -192,11 +223,26 @@ def _softmax_gradient_(
         index = labels.unsqueeze(1)
         shares = torch.softmax(scores, 1, out=scratch.shares_TV[: len(block_TV)])
         picked = shares.gather(1, index)
-        if bool((picked < SMALLEST_SHARE).any()):
+        if extras:
+            total += _extras_(scores, shares, index, extras)
+        elif bool((picked < SMALLEST_SHARE).any()):
             total += F.cross_entropy(scores, labels, reduction="none").sum(dtype=torch.float64)
         else:
             total -= picked.log().sum(dtype=torch.float64)
         if gradient:
-            shares.scatter_add_(1, index, torch.full_like(picked, -1.0))
+            shares.scatter_add_(1, index, torch.full_like(picked, extras.label_smoothing - 1.0))
             block_TV.copy_(shares if scale == 1.0 else shares.mul_(scale))
     return total
+
+
+def _extras_(scores_TV: Tensor, shares_TV: Tensor, index_T1: Tensor, extras: Extras) -> Tensor:
+    """Sum of the whole loss of a block; shares_TV becomes its gradient but for what the label itself takes off."""
+    logsumexp_T1 = scores_TV.logsumexp(1, keepdim=True)
+    smoothing, z_loss = extras.label_smoothing, extras.z_loss
+    label_T1 = scores_TV.gather(1, index_T1)
+    expected_T1 = (1.0 - smoothing) * label_T1 + smoothing * scores_TV.mean(1, keepdim=True)
+    if z_loss:
+        shares_TV *= 1.0 + 2.0 * z_loss * logsumexp_T1
+    if smoothing:
+        shares_TV -= smoothing / scores_TV.shape[1]
+    return (logsumexp_T1 - expected_T1 + z_loss * logsumexp_T1.square()).sum(dtype=torch.float64)

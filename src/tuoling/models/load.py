@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from tuoling import environment
 from tuoling.errors import ModelError
 from tuoling.kernels import quantized
 from tuoling.language import tr
+from tuoling.models import gptq_packages
 from tuoling.models import quantization as low_bit
 from tuoling.models.adapters import attach_adapter, some
 from tuoling.models.quantization import Quantization
@@ -69,12 +70,16 @@ def load_model(
     low_bit.require(bits, device)
     weights = source.weights_path
     config = _config(weights, source, allow_remote_code)
-    model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code, bits)
+    packed = gptq_packages.require_for(config, for_training=for_training, where=str(weights / "config.json"))
+    with gptq_packages.quiet() if packed else nullcontext():
+        model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code, bits)
     if bits:
         quantized.settle(model, for_training=for_training)
     loaded: PreTrainedModel | PeftModel = model
     if source.is_adapter:
-        loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=source.lora_alpha)
+        alpha = source.lora_alpha
+        with gptq_packages.hidden_from_peft():
+            loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=alpha)
         if not bits:  # else PEFT has put the adapter where its layers are, and quantised ones do not move
             loaded.to(device)
     if for_training:

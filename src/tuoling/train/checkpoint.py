@@ -64,7 +64,7 @@ def load_optimizer(folder: Path, *, model: nn.Module, optimizer: torch.optim.Opt
         for full_name, tensor in saved.items():
             owner, _, key = full_name.rpartition(".")
             if owner == name:
-                optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
+                optimizer.state[parameter][key] = _as_it_was(key, tensor, parameter.device)
 
 
 def load_random_state(folder: Path) -> None:
@@ -81,10 +81,22 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for name, parameter in _trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            if tensor.data_ptr() in storages:  # the code book that all 8-bit states look numbers up in
+                tensor = tensor.clone()
+            storages.add(tensor.data_ptr())
+            tensors[f"{name}.{key}"] = tensor
     return tensors
+
+
+def _as_it_was(key: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor | int:
+    """A state as its optimizer keeps it: bitsandbytes counts steps in a Python int, torch in a tensor on the CPU."""
+    if key == "step":
+        return tensor if tensor.is_floating_point() else int(tensor)
+    return tensor.to(device)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

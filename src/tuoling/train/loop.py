@@ -18,6 +18,7 @@ from tuoling import console, environment, files
 from tuoling.data.batches import lay
 from tuoling.data.pack import Batch, collate
 from tuoling.kernels.install import FastModel, install
+from tuoling.kernels.loss import Extras
 from tuoling.language import tr
 from tuoling.models.load import load_model
 from tuoling.train.checkpoint import SaveWeights, prune_checkpoints, save_checkpoint
@@ -64,6 +65,7 @@ class Parts:
     fast: FastModel
     optimizer: Any
     save_weights: SaveWeights
+    share_head: bool = False
 
 
 def train(
@@ -119,9 +121,24 @@ def assemble(setup: Setup, run: RunFolder, record: dict[str, Any], say: Callable
         quantization=quantization_of(config),
     )
     model = make_trainable(model, setup)
-    fast = install(model, say=say)
+    extras = Extras(config.label_smoothing_factor, config.z_loss)
+    fast = install(model, extras=extras, say=say)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
-    return Parts(accelerator, model, fast, optimizer, weight_saver(model, setup))
+    share_head = config.share_head and can_share_head(fast, setup.device, say)
+    return Parts(accelerator, model, fast, optimizer, weight_saver(model, setup), share_head)
+
+
+def can_share_head(fast: FastModel, device: str, say: Callable[[str], None]) -> bool:
+    """Whether rows may go on after one common head here; says so where they may not."""
+    if fast.packed and device == "cpu":
+        return True
+    say(
+        tr(
+            "share_head: not used; rows that run one by one, or on a GPU, keep their own",
+            "share_head：未使用；逐条计算或在 GPU 上时，每条数据各算各的开头",
+        )
+    )
+    return False
 
 
 def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Progress:
@@ -138,7 +155,7 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)
-            batches = batches_of_step(setup.train, steps, done.step)
+            batches = batches_of_step(setup.train, steps, done.step, share_head=parts.share_head)
             loss, grad_norm = train_step(
                 parts.fast, parts.optimizer, parts.accelerator, batches, config.max_grad_norm
             )
@@ -173,9 +190,10 @@ def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
     prune_checkpoints(run.path, keep=setup.config.save_total_limit, best=best)
 
 
-def batches_of_step(train: Rows, steps: Steps, step: int) -> list[Batch]:
+def batches_of_step(train: Rows, steps: Steps, step: int, *, share_head: bool = False) -> list[Batch]:
     """The micro-batches of an optimizer step: a function of the seed and the step alone."""
-    return [collate([train[row] for row in rows]) for rows in steps.micro_batches(step)]
+    laid = steps.micro_batches(step)
+    return [collate([train[row] for row in rows], share_head=share_head) for rows in laid]
 
 
 def train_step(
@@ -214,7 +232,9 @@ def step_is_finite(accelerator: Accelerator, loss: float, grad_norm: float) -> b
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
     """Summed cross entropy of a packed batch, in nats, on `device`."""
     here = batch.to(device)
-    return fast.loss_sum(here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels)
+    return fast.loss_sum(
+        here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels, here.head
+    )
 
 
 @torch.no_grad()
@@ -228,7 +248,7 @@ def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
     parts.model.eval()
     total, learned = 0.0, 0
     for positions in laid:
-        batch = collate([rows[position] for position in positions])
+        batch = collate([rows[position] for position in positions], share_head=parts.share_head)
         with parts.accelerator.autocast():
             total += batch_loss(parts.fast, batch, parts.accelerator.device).item()
         learned += batch.num_learned

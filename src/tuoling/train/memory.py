@@ -85,10 +85,17 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weight_bytes(config, size, dtype),
         gradients=gradient_bytes(config, size),
-        optimizer=8 * size.trainable - 4 * (size.matrices if config.optim == "muon" else 0),
+        optimizer=optimizer_bytes(config, size),
         activations=int(HEAP * _activation_bytes(model_config, config, longest, size, dtype)),
         logits=loss_bytes(config, size, sum(longest), dtype),
     )
+
+
+def optimizer_bytes(config: RunConfig, size: ModelSize) -> int:
+    """Two moments a trained weight in float32; one where Muon moves it; two bytes and their scales in 8 bits."""
+    if config.optim == "adamw_8bit":
+        return int(2 * (1 + 4 / 256) * size.trainable)  # a float32 scale for each block of 256
+    return 8 * size.trainable - 4 * (size.matrices if config.optim == "muon" else 0)
 
 
 def _activation_bytes(

@@ -1,16 +1,31 @@
-"""AdamW with decay groups, or Muon for weight matrices."""
+"""AdamW with decay groups, in 32 or 8 bits, or Muon for weight matrices."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from tuoling.errors import MissingPackage
+from tuoling.language import tr
+
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
 
 MUON_MOMENTUM = 0.95
+
+
+def require_optimizer(name: str) -> None:
+    """Raise MissingPackage where `name` needs a package that is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage(
+            "bitsandbytes",
+            extra="quant",
+            purpose=tr("optim=adamw_8bit", "optim=adamw_8bit "),
+            otherwise="optim=adamw",
+        )
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -38,9 +53,14 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
-        "fused": True,
     }
     groups = [group for group in groups if group["params"]]
+    if config.optim == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        eight: torch.optim.Optimizer = AdamW8bit(groups, **adamw)
+        return eight
+    adamw["fused"] = True
     if not matrices:
         return torch.optim.AdamW(groups, **adamw)
     muon = torch.optim.Muon(

@@ -28,6 +28,7 @@ from tuoling.train.memory import (
     quantization_of,
     what_fits,
 )
+from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_trackers
 from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
@@ -72,6 +73,7 @@ def prepare(config: RunConfig, *, say: Say, notes: Sequence[str] = ()) -> Setup:
     device = environment.pick_device(config.device)
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
+    require_optimizer(config.optim)
     source = _find_source(config)
     config = _as_its_adapter(config, source, tell)
     low_bit.require(quantization_of(config), device)

@@ -10,6 +10,7 @@ import torch
 
 from tuoling import files
 from tuoling.models.adapters import lora_target_names
+from tuoling.models.gptq_packages import hidden_from_peft
 from tuoling.models.save import save_adapter, save_model
 from tuoling.train.memory import quantization_of
 
@@ -28,16 +29,15 @@ def make_trainable(model: Any, setup: Setup) -> Any:
     if not setup.source.is_adapter:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=lora_target_names(model, config.lora_target),
-                task_type="CAUSAL_LM",
-            ),
+        asked = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_target_names(model, config.lora_target),
+            task_type="CAUSAL_LM",
         )
+        with hidden_from_peft():
+            model = get_peft_model(model, asked)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

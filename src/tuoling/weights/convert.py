@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile, ZipFile
 
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import read_json
@@ -15,14 +16,28 @@ from tuoling.models.adapter_files import is_adapter_folder
 
 CONVERSIONS: dict[tuple[str, str], str] = {
     ("hf", "hf"): "tuoling.weights.rewrite:convert_huggingface",
-    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
+    ("hf", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf"): "tuoling.weights.gguf:convert_to_gguf",
+    ("adapter", "gguf-lora"): "tuoling.weights.gguf_lora:convert_adapter",
     ("hf", "meta"): "tuoling.weights.meta:convert_to_meta",
     ("meta", "hf"): "tuoling.weights.meta:convert_to_huggingface",
     ("meta", "meta"): "tuoling.weights.meta:reshard",
+    ("gguf", "hf"): "tuoling.weights.from_ggml:convert_gguf",
+    ("ggml", "hf"): "tuoling.weights.from_ggml:convert_old_ggml",
+    ("adapter", "adapter"): "tuoling.weights.adapter_convert:convert_adapter",
+    ("old-gptq", "hf"): "tuoling.weights.gptq_convert:convert_old_gptq",
+    ("gptq", "hf"): "tuoling.weights.gptq_dense:convert_gptq",
 }
 """(what lies there, what is wanted) → "module:function", imported when it is asked for."""
 
-USUAL_TARGET = {"meta": "hf", "adapter": "adapter", "gguf": "hf", "ggml": "hf", "gptq": "hf"}
+USUAL_TARGET = {
+    "meta": "hf",
+    "adapter": "adapter",
+    "gguf": "hf",
+    "ggml": "hf",
+    "gptq": "hf",
+    "old-gptq": "hf",
+}
 """`--to` where it is not given and OUT does not end in .gguf. A Hugging Face folder has no usual target."""
 
 
@@ -34,9 +49,10 @@ class ConvertOptions:
     shards:     how many files; None: as usual for the format.
     verify:     prove the result by `parity.gate`; off is recorded beside the output.
     allow_nan:  write tensors that hold NaN or infinity, which are refused otherwise.
-    unchecked:  go on where a checksum list beside the source is wrong.
+    unchecked:  go on where a checksum list beside the source is wrong, or zero points of an old GPTQ file are lost.
     lora_alpha: of an adapter whose files do not say it.
-    base:       the model that an adapter stands on, where its files do not say it.
+    base:       the model that an adapter stands on, or an old GPTQ file was made from, where its files do not say it.
+    pre_tokenizer: llama.cpp's name for how a byte-level tokenizer cuts words, where the file does not tell it.
     """
 
     outtype: str | None = None
@@ -46,6 +62,7 @@ class ConvertOptions:
     unchecked: bool = False
     lora_alpha: float | None = None
     base: str | None = None
+    pre_tokenizer: str | None = None
 
 
 @dataclass
@@ -101,6 +118,22 @@ def _is_adapter(path: Path) -> bool:
     return bare or is_adapter_folder(path)
 
 
+def _is_old_gptq(path: Path) -> bool:
+    """One file of tensors with `.qweight` names; they are looked for in its bytes, nothing is unpickled."""
+    if not path.is_file() or path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+        return False
+    with path.open("rb") as file:
+        magic = file.read(8)
+        if path.suffix == ".safetensors":
+            return b'.qweight"' in file.read(min(int.from_bytes(magic, "little"), 100 << 20))
+    try:
+        with ZipFile(path) as archive:
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            return pickled is not None and b".qweight" in archive.read(pickled)
+    except (BadZipFile, OSError):
+        return False
+
+
 def _is_gptq(path: Path) -> bool:
     config = path / "config.json"
     if not path.is_dir() or not config.is_file():
@@ -118,6 +151,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("gguf", "GGUF file", "GGUF 文件", _starts_with(b"GGUF")),
     Kind("ggml", "old ggml file", "旧 ggml 文件", _starts_with(b"lmgg")),
     Kind("meta", "Meta checkpoint", "Meta 权重", _is_meta),
+    Kind("old-gptq", "GPTQ file of 2023", "2023 年的 GPTQ 文件", _is_old_gptq),
     Kind("adapter", "adapter", "适配器", _is_adapter),
     Kind("gptq", "GPTQ model", "GPTQ 模型", _is_gptq),
     Kind("hf", "Hugging Face folder", "Hugging Face 目录", _is_huggingface),

@@ -9,29 +9,81 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tuoling import console, environment
-from tuoling.errors import UsageError
+from tuoling.errors import TuolingError, UsageError
 from tuoling.files import cannot_write, read_json, require_writable
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
-from tuoling.models.source import ModelSource
+from tuoling.models.source import ModelSource, find_model
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.templates import Template, choose_template
+from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gguf_families import gguf_family, plan_tensors, read_sizes, write_sizes
 from tuoling.weights.gguf_file import write_gguf
 from tuoling.weights.gguf_quantize import FILE_TYPES, fallback_note, quantize_file
 from tuoling.weights.gguf_tokenizer import read_vocabulary, write_vocabulary
+from tuoling.weights.gguf_verify import verify
+from tuoling.weights.merge import Merged, open_merged
+from tuoling.weights.parity import skipped
+from tuoling.weights.tensors import TensorSource, open_weights
 
 if TYPE_CHECKING:
     from tuoling.text.tokenizer import TextTokenizer
-    from tuoling.weights.tensors import TensorSource
 
 OWN_TYPES = ("f32", "f16", "bf16", "q8_0")
 """What is written here; the others are made by llama.cpp."""
+
+
+def convert_to_gguf(source: Path, out: Path, options: ConvertOptions) -> Report:
+    """The entry of `tuoling convert` for models and adapters; an adapter is merged into its base first.
+
+    The result is read by llama.cpp and compared with the weights it was made of, where llama.cpp is installed.
+    """
+    if out.suffix != ".gguf":
+        raise UsageError(
+            tr("a GGUF file's name ends in .gguf", "GGUF 文件名应以 .gguf 结尾"),
+            where=str(out),
+            remedy=f"{out}.gguf",
+        )
+    if options.shards not in (None, 1):
+        raise UsageError(tr("one file is written", "只写出一个文件"), where="--shards")
+    asked = find_model(source, base=options.base, lora_alpha=options.lora_alpha)
+    found, weights = open_model(asked, options.outtype)
+    made = write_model(
+        found,
+        out,
+        options.outtype or _lossless(weights),
+        weights=weights,
+        pre_tokenizer=options.pre_tokenizer,
+        allow_nan=options.allow_nan,
+    )
+    report = Report(out, tensors=made.tensors, size_bytes=made.size_bytes, notes=made.notes)
+    if isinstance(weights, Merged):
+        report.notes += weights.notes
+    if not options.verify:
+        skipped(out)
+        return report
+    try:
+        report.parity, notes = verify(found, out, made.outtype, lora_alpha=options.lora_alpha)
+    except TuolingError:
+        out.unlink()
+        raise
+    report.notes += notes
+    return report
+
+
+def open_model(source: ModelSource, outtype: str | None) -> tuple[ModelSource, TensorSource]:
+    """A model and its tensors. An adapter is merged while they are read, in float32 where f32 is written."""
+    if not source.is_adapter:
+        return source, open_weights(source.weights_path)
+    merged = open_merged(source, dtype=torch.float32 if outtype == "f32" else None)
+    return replace(source, config=merged.config), merged
 
 
 @dataclass
@@ -85,8 +137,8 @@ def write_model(
 
 def _lossless(weights: TensorSource) -> str:
     """The smallest type that holds every weight as it is."""
-    names = {str(info.dtype).removeprefix("torch.") for info in weights.infos.values() if len(info.shape) > 1}
-    return {("bfloat16",): "bf16", ("float16",): "f16"}.get(tuple(names), "f32")
+    kinds = {str(info.dtype).removeprefix("torch.") for info in weights.infos.values() if len(info.shape) > 1}
+    return {("bfloat16",): "bf16", ("float16",): "f16"}.get(tuple(kinds), "f32")
 
 
 def _write_own(
@@ -104,10 +156,8 @@ def _write_own(
     sizes = read_sizes(source.config, family)
     rows = next(plan.shape[0] for plan in plans if plan.name == "token_embd.weight")
     vocabulary = read_vocabulary(tokenizer, rows, pre_tokenizer=pre_tokenizer)
-    template, reason = choose_template(
-        requested=None, saved=source.template, tokenizer=tokenizer, family_default=source.family.template
-    )
-    report = GgufReport(outtype, len(plans), 0, [reason, *vocabulary.notes])
+    template = _template(source, tokenizer)
+    report = GgufReport(outtype, len(plans), 0, list(vocabulary.notes))
     report.fell_back = {
         plan.name: plan.type for plan in plans if len(plan.shape) > 1 and plan.type != outtype
     }
@@ -195,8 +245,18 @@ def _write_special(writer: Any, tokenizer: TextTokenizer) -> None:
     writer.add_bool(gguf_keys.MARKS_AFTER_SPECIAL, tokenizer.marks_after_special)
 
 
+def _template(source: ModelSource, tokenizer: TextTokenizer) -> Template | None:
+    """What the weights were tuned with; None where nothing says it, and then the file says nothing either."""
+    if source.template is None and not tokenizer.chat_template:
+        return None
+    chosen, _ = choose_template(
+        requested=None, saved=source.template, tokenizer=tokenizer, family_default=None
+    )
+    return chosen
+
+
 def _write_template(
-    writer: Any, source: ModelSource, tokenizer: TextTokenizer, template: Template
+    writer: Any, source: ModelSource, tokenizer: TextTokenizer, template: Template | None
 ) -> list[str]:
     """Our template by its id, and as jinja for other programs; what ends a reply; the folder's own settings."""
     generation = _generation_config(source)
@@ -204,15 +264,17 @@ def _write_template(
     ends = ends if isinstance(ends, list) else [ends]
     texts = [tokenizer.hf.convert_ids_to_tokens(end) for end in ends if isinstance(end, int)]
     extra = [text for text in texts if text and text != tokenizer.hf.eos_token]
-    stops = list(dict.fromkeys((*template.stops, *source.stops, *extra)))
+    stops = list(dict.fromkeys((*(template.stops if template else ()), *source.stops, *extra)))
     single = [tokenizer.special_id(stop) for stop in stops]
     end_of_turn = next((index for index in single if index not in (None, tokenizer.eos_id)), None)
     if end_of_turn is not None:
         writer.add_eot_token_id(end_of_turn)
-    writer.add_string(gguf_keys.TEMPLATE, template.id)
     writer.add_string(gguf_keys.STOPS, json.dumps(stops, ensure_ascii=False))
     writer.add_string(gguf_keys.SYSTEM, source.system or "")
     writer.add_string(gguf_keys.GENERATION, json.dumps(_settings(generation)))
+    if template is None:
+        return []
+    writer.add_string(gguf_keys.TEMPLATE, template.id)
     jinja = template.to_jinja(tokenizer)
     if jinja is None:
         return [

@@ -166,7 +166,7 @@ def read_sizes(config: Mapping[str, Any], family: GgufFamily) -> Sizes:
     hidden = first("hidden_size", "n_embed")
     heads = first("num_attention_heads", "n_head")
     blocks = first("num_hidden_layers", "n_layer")
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = heads if family is _BLOOM else config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     if family is _BLOOM:
         # positions are an attention bias: the length it was trained with is no limit

@@ -6,10 +6,10 @@ ours, because its own writer wants every tensor whole and in numpy, which has no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ import torch
 from tuoling.errors import MissingPackage, ModelError
 from tuoling.files import atomic_write
 from tuoling.language import tr
+from tuoling.weights.tensors import TensorInfo, TensorSource
 
-if TYPE_CHECKING:
-    from tuoling.weights.tensors import TensorSource
-
-CHUNK_BYTES = 8 << 20
-"""Float32 bytes of the rows that are converted at once; Q8_0 needs about six times as much for its steps."""
+CHUNK_BYTES = 4 << 20
+"""Float32 bytes of the rows that are converted at once; Q8_0 needs about ten times as much for its steps."""
 
 BLOCK = 32
 """Numbers of a row that Q8_0 gives one scale."""
@@ -56,6 +54,14 @@ class TensorPlan:
 
 
 _ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+class TensorsInMemory:
+    """Tensors that are loaded already, as a TensorSource."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+        self.read = tensors.__getitem__
 
 
 def type_for(shape: Sequence[int], wanted: str) -> str:

@@ -32,7 +32,7 @@ PRE_TOKENIZERS = {
 }
 """Regular expressions in tokenizer.json → llama.cpp's name for the same splitting, for a byte-level BPE."""
 
-_WHOLE_WORDS = ("llama-bpe", "tekken")
+WHOLE_WORDS = ("llama-bpe", "tekken")
 """Pre-tokenizers with which llama.cpp takes a word that is in the vocabulary whole (`ignore_merges`)."""
 
 
@@ -161,7 +161,7 @@ def _byte_level(vocabulary: Vocabulary, state: dict[str, Any], asked: str | None
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     vocabulary.merges = merges
     whole = bool(model.get("ignore_merges"))
-    if whole != (vocabulary.pre in _WHOLE_WORDS) and _unreachable(vocabulary, model["merges"]):
+    if whole != (vocabulary.pre in WHOLE_WORDS) and _unreachable(vocabulary, model["merges"]):
         vocabulary.notes.append(
             tr(
                 "some words that are tokens may be cut otherwise by llama.cpp (ignore_merges)",

@@ -22,8 +22,17 @@ from tuoling import environment
 from tuoling.errors import ModelError, TuolingError
 from tuoling.language import tr
 from tuoling.weights.parity import GREEDY_TOKENS, PROBE_TOKENS, PROMPT_TOKENS, Request, Weights
-from tuoling.weights.parity_sides import STREAMED, EngineSide, FolderSide, Side, can_merge, read_config
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.parity_sides import (
+    STREAMED,
+    EngineSide,
+    FolderSide,
+    Side,
+    build,
+    can_merge,
+    open_side,
+    read_config,
+)
+from tuoling.weights.streamed import CannotStream
 
 if TYPE_CHECKING:
     from tuoling.text.tokenizer import TextTokenizer
@@ -61,6 +70,7 @@ class Comparison:
         self._columns = dict(zip(("before", "after"), shared_columns(request.vocabulary), strict=True))
         self._of = {"before": request.before, "after": request.after}
         self._tokenizer, self._tokenizer_columns, self._rows = self._tokenise()
+        self._import_libraries()
         self._meter = MemoryMeter()
 
     def measure(self) -> dict[str, Any]:
@@ -106,6 +116,13 @@ class Comparison:
             found["route"] = "merged" if merged else "same"
         return found | self._meter.peaks()
 
+    def _import_libraries(self) -> None:
+        """Build a model without weights once, so that what transformers imports on the way is not measured."""
+        for of in self._of.values():
+            if isinstance(of, Weights):
+                with contextlib.suppress(CannotStream):
+                    build(of)
+
     def _tick(self) -> None:
         self._passes += 1
         self._say({"pass": self._passes})
@@ -119,18 +136,25 @@ class Comparison:
         sample = self._meter.sample
         return FolderSide(of, columns, rounded or {}, merge=merge, tick=self._tick, before_drop=sample)
 
-    def _tokenise(self) -> tuple[TextTokenizer, torch.Tensor | None, list[list[int]]]:
-        """The tokenizer of the side whose words are all shared, its columns, and the probes in shared words."""
+    def _tokenise(self) -> tuple[TextTokenizer | None, torch.Tensor | None, list[list[int]]]:
+        """The tokenizer of the side whose words are all shared (if any), its columns, the probes in shared words."""
         from tuoling.models.load import load_tokenizer
         from tuoling.text.render import Segment
 
         pruned = self._request.vocabulary is not None and min(self._request.vocabulary) >= 0
         order = ("after", "before") if pruned else ("before", "after")
         name, of = next((name, of) for name in order if isinstance(of := self._of[name], Weights))
-        tokenizer = load_tokenizer(of.described_by or of.folder, for_training=False)
+        words, columns = words_of(of), self._columns[name]
+        try:
+            tokenizer = load_tokenizer(of.described_by or of.folder, for_training=False)
+        except ModelError:  # Meta's folders may come without one; any ids will do to compare
+            shared = words if columns is None else len(columns)
+            texts = [text[:PROBE_TOKENS] for text in self._request.probes]
+            return None, None, [[ord(letter) % shared for letter in text] for text in texts]
         segments = [[Segment("", False, "start"), Segment(text, False)] for text in self._request.probes]
         rows = [ids[:PROBE_TOKENS] for ids, _ in tokenizer.encode_batch(segments)]
-        columns = self._columns[name]
+        if columns is None:
+            rows = [[token for token in ids if token < words] for ids in rows]
         if columns is not None:
             place = {token: word for word, token in enumerate(columns.tolist())}
             rows = [[place[token] for token in ids if token in place] for ids in rows]
@@ -204,16 +228,17 @@ class Comparison:
         own_NC = continued_NC
         if not torch.equal(best_NC, continued_NC):
             own_NC = side.greedy(prompts_NG, continued_NC.shape[1], shared)
-        columns = self._tokenizer_columns
-        texts = [
-            [self._tokenizer.decode((row if columns is None else columns[row]).tolist()) for row in words]
-            for words in (prompts_NG, continued_NC, own_NC)
-        ]
+        texts = [[self._text(row) for row in words] for words in (prompts_NG, continued_NC, own_NC)]
         names = ("prompt", "before", "after")
         return {
             "greedy_equal": torch.equal(own_NC, continued_NC),
             "greedy": [dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True)],
         }
+
+    def _text(self, words: torch.Tensor) -> str:
+        columns = self._tokenizer_columns
+        ids: list[int] = (words if columns is None else columns[words]).tolist()
+        return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
 
     def _merges(self) -> bool:
         """Whether adapters before have become part of the weights after."""
@@ -227,11 +252,11 @@ class Comparison:
         before, after = self._of["before"], self._of["after"]
         if not (self._request.lossless and isinstance(before, Weights) and isinstance(after, Weights)):
             return {}
-        usual, kinds = self._stored_as(), open_weights(after.folder).infos
+        usual, kinds = self._stored_as(), open_side(after.folder).infos
         if usual is None or (before.adapters and not self._merges()):
             return {}
         rounded = {}
-        for name, info in open_weights(before.folder).infos.items():
+        for name, info in open_side(before.folder).infos.items():
             to = kinds[name].dtype if name in kinds else getattr(torch, usual)
             if info.dtype.is_floating_point and to.is_floating_point and narrower(to, info.dtype):
                 rounded[name] = to
@@ -243,7 +268,7 @@ class Comparison:
         if not isinstance(after, Weights):
             return None
         sizes: Counter[torch.dtype] = Counter()
-        for info in open_weights(after.folder).infos.values():
+        for info in open_side(after.folder).infos.values():
             sizes[info.dtype] += info.size_bytes
         return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 

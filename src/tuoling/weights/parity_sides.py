@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import wrap
 from tuoling.weights.parity import LogitsModel, Weights
 from tuoling.weights.streamed import CannotStream, StreamedModel, column_order
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.tensors import TensorSource, open_weights
 
 STREAMED = "streamed"
 OUTSIDE = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_out")
@@ -51,14 +52,8 @@ class FolderSide:
         self._whole: Any = None
         self.how = STREAMED
         try:
-            self._streamed = StreamedModel(
-                streamable_config(weights),
-                open_weights(weights.folder),
-                rounded=rounded,
-                columns=columns,
-                attach=lambda model: attach_adapters(model, weights),
-                merge=merge,
-                before_drop=before_drop,
+            self._streamed = build(
+                weights, rounded=rounded, columns=columns, merge=merge, before_drop=before_drop
             )
         except CannotStream as error:
             self._load_whole(str(error))
@@ -124,6 +119,32 @@ class EngineSide:
         for _ in range(count):
             words = torch.cat([words, self.logits(words)[:, -1, :shared].argmax(-1)[:, None]], dim=1)
         return words[:, words_NT.shape[1] :]
+
+
+def build(weights: Weights, **options: Any) -> StreamedModel:
+    """The model without its weights. options: as `StreamedModel` has them. Raises CannotStream."""
+    return StreamedModel(
+        streamable_config(weights),
+        open_side(weights.folder),
+        attach=lambda model: attach_adapters(model, weights),
+        **options,
+    )
+
+
+def open_side(path: Path) -> TensorSource:
+    """A folder's tensors, or a GGUF or old ggml file's, under Hugging Face's names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            from tuoling.weights.gguf_models import GgufModel
+
+            return GgufModel(path)
+        if magic == b"lmgg":
+            from tuoling.weights.old_ggml import OldGgmlModel
+
+            return OldGgmlModel(path)
+    return open_weights(path)
 
 
 def read_config(weights: Weights) -> Any:

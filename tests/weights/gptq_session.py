@@ -1,0 +1,162 @@
+"""Run by test_gptq.py in a process of its own, since importing gptqmodel changes the libraries of whoever does.
+
+Prints one JSON object: what gptqmodel makes of folders that we wrote, and whether interrupted work goes on exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny import sum_rows, tiny_model
+
+from tuoling import environment
+from tuoling.files import write_json
+from tuoling.models.load import load_model
+from tuoling.models.source import find_model
+from tuoling.weights import gptq_child
+from tuoling.weights.gptq import QuantizeOptions, linear_names, quantize
+from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
+from tuoling.weights.tensors import open_weights
+
+IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46, 47, 48]])
+
+
+def widths(place: Path) -> list[dict[str, Any]]:
+    """Folders rounded to nearest by us, at every width: opened by transformers, multiplied out by gptqmodel."""
+    found = []
+    for family in ("llama", "bloom"):
+        model = tiny_model(place / family, family, hidden=64)
+        for bits in (2, 3, 4, 8):
+            for symmetric in (True, False):
+                out = place / f"{family}-{bits}-{symmetric}"
+                options = QuantizeOptions(
+                    bits=bits, group_size=32, symmetric=symmetric, method="rtn", verify=False
+                )
+                quantize(str(model), out, options)
+                found.append({"family": family, "bits": bits, "symmetric": symmetric, **compare(out)})
+    return found
+
+
+def compare(folder: Path) -> dict[str, float]:
+    """Largest difference of weights and of logits between gptqmodel's layers and plain ones of our numbers."""
+    form = quantized_format(folder)
+    assert form is not None
+    ours = QuantizedWeights(folder, form)
+    loaded: Any = load_model(find_model(folder), device="cpu", dtype="fp32")
+    plain: Any = load_model(find_model(folder.parent / folder.name.split("-")[0]), device="cpu", dtype="fp32")
+    largest = 0.0
+    for name in ours.layers:
+        theirs_KN = loaded.get_submodule(name).dequantize_weight().float()
+        weight_NK = ours.read(f"{name}.weight")
+        largest = max(largest, float((theirs_KN.t() - weight_NK).abs().max() / weight_NK.abs().max()))
+        plain.get_submodule(name).weight.data = weight_NK
+    with torch.inference_mode():
+        logits, expected = loaded(IDS).logits.float(), plain(IDS).logits
+    return {
+        "weights": largest,
+        "logits": float((logits - expected).abs().max() / expected.std()),
+        "layers": len(ours.layers),
+    }
+
+
+def interrupted(place: Path) -> dict[str, bool]:
+    """Whether work that ended after its second layer goes on to the tensors of a straight run."""
+    equal = {}
+    for family in ("llama", "qwen2", "bloom"):
+        model = tiny_model(place / f"long-{family}", family, hidden=64, layers=3)
+        rows = [{"input_ids": list(range(4 + n, 40 + n)), "spans": [[2, 36]]} for n in range(12)]
+        write_json(place / "rows.json", rows)
+        straight, resumed = place / f"{family}-straight", place / f"{family}-resumed"
+        gptq_child.quantize(job(place, model, straight, resumable=False))
+        ends = StopAfter(2)
+        try:
+            with ends:
+                gptq_child.quantize(job(place, model, resumed, resumable=True))
+            raise AssertionError("was not interrupted")
+        except Interrupted:
+            pass
+        gptq_child.quantize(job(place, model, resumed, resumable=True))
+        one, other = open_weights(straight), open_weights(resumed)
+        same = one.infos.keys() == other.infos.keys() and len(linear_names(model)) > 0
+        equal[family] = same and all(torch.equal(one.read(name), other.read(name)) for name in one.infos)
+    return equal
+
+
+def job(place: Path, model: Path, out: Path, *, resumable: bool) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "rows": str(place / "rows.json"),
+        "method": "gptq",
+        "config": {
+            "bits": 4,
+            "group_size": 32,
+            "offload_to_disk": True,
+            "offload_to_disk_path": str(out.with_suffix(".offload")),
+        },
+        "device": "cpu",
+        "dtype": "float32",
+        "resumable": resumable,
+        "checkpoints": str(out.with_suffix(".checkpoints")),
+        "made": str(out),
+    }
+
+
+class Interrupted(Exception):
+    """Ends a quantisation as a crash would, right after a layer was kept."""
+
+
+class StopAfter:
+    """Within, gptqmodel is interrupted once it has kept so many layers."""
+
+    def __init__(self, layers: int) -> None:
+        from gptqmodel.looper.checkpoint import CheckpointExtension
+
+        self._class: Any = CheckpointExtension
+        self._usual = CheckpointExtension.on_boundary
+        self._layers = layers
+
+    def __enter__(self) -> None:
+        usual, layers = self._usual, self._layers
+
+        def on_boundary(extension: Any, boundary: Any) -> None:
+            usual(extension, boundary)
+            if extension.next_step >= layers:
+                raise Interrupted
+
+        self._class.on_boundary = on_boundary
+
+    def __exit__(self, *_: Any) -> None:
+        self._class.on_boundary = self._usual
+
+
+def whole(place: Path) -> dict[str, Any]:
+    """`quantize` from end to end on a BLOOM and some rows."""
+    model = tiny_model(place / "whole", "bloom", hidden=64)
+    rows = place / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sum_rows(40)))
+    options = QuantizeOptions(bits=4, group_size=32, rows=24, device="cpu", dtype="fp32")
+    seen: list[tuple[int, int]] = []
+    report = quantize(
+        str(model),
+        place / "done",
+        options,
+        data=[str(rows)],
+        step=lambda done, total: seen.append((done, total)),
+    )
+    return report.to_json() | {
+        "last_step": seen[-1],
+        "files": sorted(p.name for p in (place / "done").iterdir()),
+    }
+
+
+if __name__ == "__main__":
+    environment.quiet_libraries()
+    environment.prepare_gptqmodel()
+    folder = Path(sys.argv[1])
+    tasks = {"widths": widths, "interrupted": interrupted, "whole": whole}
+    answer = tasks[sys.argv[2]](folder)
+    (folder / "answer.json").write_text(json.dumps(answer, default=str))
