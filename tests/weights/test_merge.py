@@ -185,6 +185,31 @@ def test_embeddings_that_grew(bases: dict[str, Path], tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
 
 
+def test_tied_embeddings_that_grew_stay_tied(bases: dict[str, Path], tmp_path: Path) -> None:
+    """LoRA alone, on a model whose vocabulary was made larger before: PEFT saves the embeddings beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    base = bases["bloom"]
+    model: Any = load_model(find_model(base), dtype="fp32", device="cpu", for_training=True)
+    rows = model.get_input_embeddings().weight.shape[0] + 7
+    model.resize_token_embeddings(rows)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=EVERY["bloom"]))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    assert torch.equal(logits(tmp_path / "a"), expected)
+    out = merged_folder(tmp_path / "a", tmp_path / "out")
+    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=2e-5)
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == rows and config.get("tie_word_embeddings", True) is True
+    with pytest.raises(ModelError, match="it can be merged alone"):
+        open_merged([Weighted(find_model(tmp_path / "a"))] * 2)
+
+
 # -- precision -------------------------------------------------------------------------------------------------
 
 

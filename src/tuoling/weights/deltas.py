@@ -55,10 +55,14 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """W += weight · (tensor - base): a tensor that was trained and saved whole; at weight 1 it takes the base's place."""
+    """W += weight · (tensor - base): a tensor that was saved whole; at weight 1 it takes the base's place.
+
+    of_base: the base's own (resized embeddings), not a trained copy: what is tied to it in the base stays tied.
+    """
 
     tensor: torch.Tensor
     weight: float
+    of_base: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,19 +176,23 @@ class _Collector:
 
     def collect(self, wrapped: Any) -> dict[str, list[Change]]:
         from peft.tuners.lora.layer import LoraLayer
-        from peft.utils.other import TrainableTokensWrapper
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+        copies = set()
         for path, module in wrapped.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 self._low_rank(path, module)
             elif isinstance(module, TrainableTokensWrapper):
                 self._token_rows(path, module)
+            elif isinstance(module, ModulesToSaveWrapper):
+                copies.add(path)
         for name in list(self._left):  # biases, modules_to_save, embeddings saved beside
             if _second_copy(name, self._adapter.tensors):
                 del self._left[name]
             elif ".lora_" not in name:
                 place = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-                self._add(place, Whole(self._left.pop(name), self._weight))
+                of_base = place.rpartition(".")[0] not in copies
+                self._add(place, Whole(self._left.pop(name), self._weight, of_base))
         if self._left:
             raise ModelError(
                 tr(

@@ -127,11 +127,30 @@ def open_merged(
         name: _info(base.infos[from_name], changes.get(name, ()), dtype) for name, from_name in origin.items()
     }
     if first.rows != config.get("vocab_size", first.rows):
+        _require_rows(infos, all_changes)
         config["vocab_size"] = first.rows
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
     return Merged(infos, config, weighted, tuple(dict.fromkeys(notes)), base, origin, changes)
+
+
+def _require_rows(infos: Mapping[str, TensorInfo], all_changes: Sequence[Changes]) -> None:
+    """An adapter with another vocabulary than its base's brings all rows of embedding and head, or is refused."""
+    first = all_changes[0]
+    names = [name for name in (first.embedding, first.head) if name is not None]
+    found = [_among(dict.fromkeys(infos, ""), name, first.prefix) for name in names]
+    short = [name for name in found if name is not None and infos[name].shape[0] != first.rows]
+    if short or len(all_changes) > 1:
+        raise ModelError(
+            tr(
+                f"the adapter has {first.rows} words, another vocabulary than the base: it can be merged alone, and "
+                f"with all rows in it ({some(short) or 'several adapters were given'})",
+                f"适配器的词表有 {first.rows} 行，与基座不同：只能单独合并，且须带上全部行"
+                f"（{some(short) or '给了多个适配器'}）",
+            ),
+            where=str(first.adapter.folder),
+        )
 
 
 def _require_unquantised(folder: Path, config: Mapping[str, Any]) -> None:
@@ -159,13 +178,20 @@ def _places(
         for name, changes in found.by_name.items():
             collected.setdefault(name, []).extend(changes)
     touched = [*collected.get(first.embedding, ()), *collected.get(str(first.head), ())]
-    # PEFT trains single tokens of tied embeddings as one; LoRA and whole copies it keeps apart
-    apart = first.tied and any(not isinstance(change, Rows) for change in touched)
+    # PEFT trains single tokens of tied embeddings as one; LoRA and trained copies it keeps apart
+    apart = first.tied and any(
+        not isinstance(change, Rows) and not (isinstance(change, Whole) and change.of_base)
+        for change in touched
+    )
     origin = {name: name for name in base.infos}
     if apart:
         origin = _with_own_head(first, base)
-    elif first.tied and first.head in origin and first.embedding in collected:
-        collected[str(first.head)] = collected[first.embedding]
+    elif first.tied and touched:
+        both = collected.get(first.embedding) or collected[str(first.head)]
+        collected.pop(str(first.head), None)
+        collected[first.embedding] = both
+        if first.head in origin:
+            collected[str(first.head)] = both
     places = {name: _among(origin, name, first.prefix) for name in collected}
     missing = sorted(name for name, place in places.items() if place is None)
     if missing:
