@@ -7,11 +7,13 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tuoling import environment
 from tuoling.errors import MissingPackage, ModelError
 from tuoling.language import tr
+from tuoling.models.weight_files import read_header
 
 METHODS = ("gptq", "awq")
 """`quant_method`s in config.json that it runs."""
@@ -21,6 +23,7 @@ INSTALL = (
 )
 """gptqmodel looks for torch while it is built, so it must see the one that is installed."""
 
+ATEN_OUTPUTS = 16
 _NEEDED = ("gptqmodel", "optimum", "tokenicer", "logbar", "pcre", "device_smi", "defuser", "torchao")
 
 
@@ -66,6 +69,21 @@ def require_for(config: Any, *, for_training: bool, where: str) -> bool:
     require_gptqmodel(tr(f"{method.upper()} weights", f"{method.upper()} 权重"))
     environment.prepare_gptqmodel()
     return True
+
+
+def choose_kernel(config: Any, folder: Path, device: str) -> None:
+    """Write into `config` which of gptqmodel's kernels is to run, where its own choice would stop.
+
+    On a CPU it takes ATen's int4 matmul for 4 bits, which wants multiples of 16 outputs and stops at others.
+    """
+    said = config.quantization_config
+    if device != "cpu" or not isinstance(said, dict) or said.get("quant_method") != "gptq":
+        return
+    for file in folder.glob("*.safetensors"):
+        for name, entry in read_header(file).entries.items():
+            if name.endswith(".qweight") and entry["shape"][1] % ATEN_OUTPUTS:
+                said["backend"] = "gptq_torch"
+                return
 
 
 @contextmanager

@@ -71,6 +71,8 @@ def load_model(
     weights = source.weights_path
     config = _config(weights, source, allow_remote_code)
     packed = gptq_packages.require_for(config, for_training=for_training, where=str(weights / "config.json"))
+    if packed:
+        gptq_packages.choose_kernel(config, weights, device)
     with gptq_packages.quiet() if packed else nullcontext():
         model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code, bits)
     if bits:
