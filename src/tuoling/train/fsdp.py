@@ -84,8 +84,9 @@ class FullyShardedDataParallel(Engine):
     def _cut(model: nn.Module) -> None:
         """After a forward without gradients the last part may still be whole."""
         for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()
 
 
 def blocks_of(base: Any) -> Iterator[nn.Module]:
