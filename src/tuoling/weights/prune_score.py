@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tuoling import environment
+from tuoling.errors import ModelError
+from tuoling.language import tr
 from tuoling.text.render import Segment
 from tuoling.text.tokenizer import TextTokenizer
 from tuoling.weights.parity import Weights
 from tuoling.weights.parity_child import padded
 from tuoling.weights.parity_sides import FolderSide, read_config
+
+CHILD = (sys.executable, "-m", "tuoling.weights.prune_score")
 
 SCORED_ROWS = 8
 SCORED_TOKENS = 64
@@ -70,25 +80,44 @@ def score(
     *,
     kept: np.ndarray | None = None,
 ) -> TextScore:
-    """Run the model over the texts, layer by layer, in float32. kept: ids of the words that count as inside."""
+    """Run the model over the texts, layer by layer, in float32, in a process of its own.
+
+    kept: ids of the words that count as inside. Raises ModelError where the model cannot be run.
+    """
     rows = [ids for ids, _ in tokenizer.encode_batch(texts)]
     characters = sum(len(tokenizer.decode(ids)) for ids in rows)
-    columns = None if kept is None else torch.from_numpy(kept)
+    request = pickle.dumps(sys.path) + pickle.dumps((weights, rows, None if kept is None else kept.tolist()))
+    done = subprocess.run(CHILD, input=request, capture_output=True, check=False)
+    if done.returncode:
+        last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or [str(done.returncode)])[-1]
+        raise ModelError(
+            tr(f"the model could not be measured: {last}", f"无法测量该模型：{last}"),
+            where=str(weights.folder),
+            remedy=tr("--no-verify goes on without", "--no-verify 可跳过"),
+        )
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return TextScore(characters=characters, **measured)
+
+
+def measure(weights: Weights, rows: Sequence[list[int]], kept: Sequence[int] | None) -> dict[str, float]:
+    """The figures of `TextScore` that need the model."""
     nothing = lambda: None  # noqa: E731
     side = FolderSide(weights, None, {}, tick=nothing, before_drop=nothing)
+    words = read_config(weights).get_text_config().vocab_size
+    outside_V = torch.zeros(words, dtype=torch.bool)
+    if kept is not None:
+        outside_V[:] = True
+        outside_V[list(kept)] = False
     tokens, nats, outside, best = 0, 0.0, 0.0, 0
-    for part in _parts(rows, read_config(weights).get_text_config().vocab_size):
-        logits_NTV = side.logits(padded(part))
-        for ids, logits_TV in zip(part, logits_NTV, strict=True):
+    for part in _parts(rows, words):
+        for ids, logits_TV in zip(part, side.logits(padded(part)), strict=True):
             log_TV = logits_TV[: len(ids) - 1].log_softmax(-1)
             nats -= float(log_TV.gather(1, torch.tensor(ids[1:])[:, None]).double().sum())
             tokens += len(ids) - 1
-            if columns is not None:
-                inside = torch.zeros(log_TV.shape[-1], dtype=torch.bool)
-                inside[columns] = True
-                outside += float(log_TV[:, ~inside].exp().double().sum())
-                best += int((~inside[log_TV.argmax(-1)]).sum())
-    return TextScore(tokens, characters, nats, outside / max(tokens, 1), best / max(tokens, 1))
+            outside += float(log_TV[:, outside_V].exp().double().sum())
+            best += int(outside_V[log_TV.argmax(-1)].sum())
+    places = max(tokens, 1)
+    return {"tokens": tokens, "nats": nats, "outside": outside / places, "outside_best": best / places}
 
 
 def _parts(rows: Sequence[list[int]], words: int) -> Iterable[list[list[int]]]:
@@ -103,3 +132,17 @@ def _parts(rows: Sequence[list[int]], words: int) -> Iterable[list[list[int]]]:
         part.append(row)
     if part:
         yield part
+
+
+def main() -> None:
+    """Answer the pickled request on stdin with one line of JSON; whatever else is printed goes to stderr."""
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    environment.quiet_libraries()
+    sys.path[:] = pickle.load(sys.stdin.buffer)
+    answer.write(json.dumps(measure(*pickle.load(sys.stdin.buffer))) + "\n")
+    answer.flush()
+
+
+if __name__ == "__main__":
+    main()
