@@ -121,7 +121,7 @@ def merge_tolerance(stored_as: str | None, layers: int) -> float:
 def _reasons(found: Mapping[str, Any], tolerance: float | None, bound: Bound | None) -> Iterator[str]:
     """Why it does not pass; nothing where it does."""
     difference = found["max_logit_difference"]
-    if tolerance is not None and difference > tolerance:
+    if tolerance is not None and not difference <= tolerance:  # NaN is no proof
         yield tr(
             f"logits differ by {difference:.3g}, allowed {tolerance:.3g}",
             f"logits 相差 {difference:.3g}，允许 {tolerance:.3g}",
@@ -129,7 +129,7 @@ def _reasons(found: Mapping[str, Any], tolerance: float | None, bound: Bound | N
     if bound is None:
         return
     ratio, agreement = found["perplexity_after"] / found["perplexity_before"], found["top1_agreement"]
-    if ratio > bound.perplexity:
+    if not ratio <= bound.perplexity:
         yield tr(
             f"perplexity x {ratio:.3g}, allowed x {bound.perplexity:.3g}",
             f"困惑度变为 {ratio:.3g} 倍，允许 {bound.perplexity:.3g} 倍",
