@@ -96,7 +96,10 @@ in C++ is compiled at first use, a minute or more, and saves less than that on m
 
 def for_gptqmodel(path: Sequence[str]) -> dict[str, str]:
     """The environment of a child process that quantises: as ours, modules found where ours are, no network."""
-    own = {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    places = os.pathsep.join(
+        str(Path(place).absolute()) for place in path
+    )  # it works in another folder than we
+    own = {"PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **GPTQMODEL, **own}
 
 

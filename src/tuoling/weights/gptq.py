@@ -298,6 +298,6 @@ def _measure(
     before = run_job(job | {"model": str(plain), "rtn": rounded}, work.folder)
     report.before, report.rtn = before["perplexity"], before["rtn_perplexity"]
     report.tokens_per_s_before, report.memory_before_gib = before["tokens_per_s"], before["memory_gib"]
-    after = run_job(job | {"model": str(folder), "rtn": None}, work.folder)
+    after = run_job(job | {"model": str(folder.absolute()), "rtn": None}, work.folder)
     report.after, report.tokens_per_s = after["perplexity"], after["tokens_per_s"]
     report.memory_gib = after["memory_gib"]

@@ -27,10 +27,13 @@ def run_job(
     watch: Callable[[], None] = lambda: None,
     remedy: str | None = None,
 ) -> dict[str, Any]:
-    """The child's answer. All it prints goes to `log.txt` in `folder`. watch: called while it works.
+    """The child's answer. All it prints goes to `log.txt` in `folder`; paths in the job are absolute.
+
+    watch: called while it works.
 
     Raises ModelError where it fails, with the last line it printed.
     """
+    folder = folder.absolute()
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     write_json(folder / "job.json", job | {"answer": str(answer)})
@@ -42,6 +45,7 @@ def run_job(
             stdout=printed,
             stderr=subprocess.STDOUT,
             env=environment.for_gptqmodel(sys.path),
+            cwd=folder,  # gptqmodel leaves a folder `logs` where it is started
         )
         try:
             code = _wait(child, watch)
