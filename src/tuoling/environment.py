@@ -114,6 +114,12 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def compute_threads() -> int:
+    """Threads for what computes outside of torch: as many as OMP_NUM_THREADS allows torch, else one a processor."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else cpu_count()
+
+
 @functools.cache
 def cpu_has_bf16() -> bool:
     """True where bfloat16 matmuls are native (avx512_bf16 or amx): elsewhere they are slower than float32."""

@@ -130,7 +130,7 @@ def open_gguf(file: Path, *, template: str | None, dtype: str, device: str) -> E
             remedy="--device cpu",
         )
     gpu = gpu or (device == "auto" and llama_library().llama_supports_gpu_offload())
-    model = LlamaModel(file, gpu=gpu, exact=dtype == "fp32", threads=environment.cpu_count())
+    model = LlamaModel(file, gpu=gpu, exact=dtype == "fp32", threads=environment.compute_threads())
     tokenizer = GgufTokenizer(model)
     said = model.metadata
     saved = said.get(gguf_keys.TEMPLATE)

@@ -129,7 +129,7 @@ def write_model(
     with scratch as folder:
         full = Path(folder) / "full.gguf"
         report = _write_own(source, full, _lossless(weights), weights, pre_tokenizer, allow_nan)
-        report.fell_back = quantize_file(full, out, outtype, threads=threads or environment.cpu_count())
+        report.fell_back = quantize_file(full, out, outtype, threads=threads or environment.compute_threads())
     report.outtype, report.size_bytes = outtype, out.stat().st_size
     report.notes += fallback_note(report.fell_back)
     return report

@@ -37,7 +37,7 @@ class GgufLogits:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [T, V] behind each of the T ids, with keys and values in float32."""
         if self._model is None:
-            self._model = LlamaModel(self.path, exact=True, threads=environment.cpu_count())
+            self._model = LlamaModel(self.path, exact=True, threads=environment.compute_threads())
         return np.stack(self._model.logits_of(ids, range(len(ids))))
 
 
