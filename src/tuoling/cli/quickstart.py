@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,13 +60,14 @@ def command(
         raise UsageError(
             tr(f"no demo for the family {family}", f"没有 {family} 的演示"), remedy="--family bloom | llama"
         )
-    from tuoling.demo.quickstart import quickstart
+    from tuoling.demo.quickstart import Course, quickstart
 
     outcome = quickstart(
         out,
         family=family,  # type: ignore[arg-type]  # checked above
         seed=seed,
         overwrite=overwrite,
+        course=replace(Course(), sentencepiece=full),
         started=started,
         say=console.note,
     )

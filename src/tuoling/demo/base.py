@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,25 @@ def train_tokenizer(texts: Iterable[str], alphabet: str, *, vocabulary: int) -> 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def as_sentencepiece(trained: Any) -> Any:
+    """The same words in the one form that llama.cpp has for them: ▁ for spaces, no cutting before merging, and 256 bytes
+    for characters it does not know (where it would end the process)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    state = json.loads(trained.to_str())["model"]
+    vocab = {token.replace(" ", "▁"): index for token, index in state["vocab"].items()}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    merges = [(left.replace(" ", "▁"), right.replace(" ", "▁")) for left, right in state["merges"]]
+    model = models.BPE(vocab, merges, unk_token=SPECIALS[UNK], fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
     return tokenizer
 
 

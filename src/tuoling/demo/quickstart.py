@@ -20,7 +20,10 @@ TEMPLATE_TEXTS = ("用户:", "\n\n助手:", "\n\n用户:")
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How much is read and how. The figures are those that fit 2 cores and two minutes."""
+    """How much is read and how. The figures are those that fit 2 cores and two minutes.
+
+    sentencepiece: the tokenizer in the form that llama.cpp has, so that the model can become a GGUF file.
+    """
 
     corpus: int = 20000
     rows: int = 6000
@@ -51,6 +54,7 @@ class Course:
         }
     )
     size: base.Size = field(default_factory=base.Size)
+    sentencepiece: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,8 @@ def write_files(out: Path, *, family: base.FamilyName, seed: int, course: Course
     words = [*rows.tokenizer_texts(400, seed=seed), *TEMPLATE_TEXTS * 1000]
     alphabet = "".join(corpus) + "".join(words)
     tokenizer = base.train_tokenizer(words, alphabet, vocabulary=course.size.vocabulary)
+    if course.sentencepiece:
+        tokenizer = base.as_sentencepiece(tokenizer)
     base.write_blank_model(out / "blank", tokenizer, family=family, size=course.size, seed=seed)
     return held_out
 
