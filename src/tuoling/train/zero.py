@@ -262,6 +262,11 @@ class Zero(Engine):
     def optimizer_tensors(self, model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        inner = self._engine.optimizer
+        if hasattr(inner, "_lazy_init_hp_params_optimizer_state"):
+            # linked after the first group's first step (DeepSpeed 0.19), when the other groups have no states yet
+            inner._hp_optimizer_states_linked = False
+            inner._lazy_init_hp_params_optimizer_state()
         found: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
