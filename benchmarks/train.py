@@ -269,9 +269,10 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         rate = median(result["matmul_gflops"])
         share = median(ours["tokens_per_s"]) * result["needed_gflop_per_token"] / rate
+        planned = f"{result['planned_gib']:.2f} planned" if result.get("planned_gib") else ""
         lines.append(
-            f"| | needed matmuls run at {100 * share:.0f} % of this machine's {rate:,.0f} GF/s "
-            f"| | | {result.get('planned_gib', 0):.2f} planned | | |"
+            f"| rounds: {len(ours['tokens_per_s'])} | needed matmuls run at {share:.0%} of this machine's {rate:,.0f} GF/s "
+            f"| | | {planned} | | |"
         )
     return "\n".join(lines)
 
