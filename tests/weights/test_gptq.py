@@ -252,12 +252,12 @@ def test_peft_does_not_import_gptqmodel(tmp_path: Path) -> None:
 def test_gptqmodel_multiplies_out_the_same_weights(tmp_path: Path) -> None:
     found = session(tmp_path, "widths")
     assert len(found) == 16
-    for one in found:
-        assert one["layers"] == (14 if one["family"] == "llama" else 8)
-        assert one["weights"] < 2**-8, (
-            one
-        )  # it multiplies in 16 bits; a step of 8 bits is 2^-7 of the largest
-        assert one["logits"] < 0.05, one
+    assert all(one["layers"] == (14 if one["family"] == "llama" else 8) for one in found)
+    # it multiplies in bf16, scale and product rounded; one step of the grid is 2^-7 of the largest weight in 8 bits,
+    # and 2^-3 and more in fewer. Its CPU kernel for 4 bits rounds activations too; a wrong layer moves logits by 1.
+    off = [one for one in found if one["weights"] >= (2**-8 if one["bits"] == 8 else 2**-7)]
+    assert not off
+    assert max(one["logits"] for one in found) < 0.25, found
 
 
 @pytest.mark.slow
