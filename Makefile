@@ -1,6 +1,6 @@
 # make quickstart   install, then watch a model learn Chinese instructions (offline, CPU, two minutes)
 # make test         install, then run every test
-# make check        format, lint, types, floors and the fast tests: under a minute
+# make check        format, lint, types, floors and the fast tests
 # make docs         write again what is generated: docs/cli.md, docs/config.md, docs/families.md
 
 PYTHON ?= python3
