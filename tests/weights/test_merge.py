@@ -160,6 +160,21 @@ def test_embeddings_and_heads(bases: dict[str, Path], tmp_path: Path, family: st
         assert config["tie_word_embeddings"] is False
 
 
+def merged_like_the_adapter(model: Any, base: Path, folder: Path) -> Path:
+    """Give a PEFT model other weights, save it, merge it; it has to compute the same saved and merged."""
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / "a")
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    assert torch.equal(logits(folder / "a"), expected)
+    out = merged_folder(folder / "a", folder / "out")
+    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=2e-5)
+    return out
+
+
 def test_embeddings_that_grew(bases: dict[str, Path], tmp_path: Path) -> None:
     """Seven words were added before training: the adapter holds the larger embeddings, and the result has them."""
     from peft import LoraConfig, get_peft_model
@@ -172,16 +187,7 @@ def test_embeddings_that_grew(bases: dict[str, Path], tmp_path: Path) -> None:
         model,
         LoraConfig(r=4, target_modules=EVERY["llama"], modules_to_save=["embed_tokens", "lm_head"]),
     )
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path / "a")
-    with torch.no_grad():
-        expected = model.eval()(IDS).logits
-    assert torch.equal(logits(tmp_path / "a"), expected)
-    out = merged_folder(tmp_path / "a", tmp_path / "out")
-    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=2e-5)
+    out = merged_like_the_adapter(model, base, tmp_path)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
 
 
@@ -194,16 +200,7 @@ def test_tied_embeddings_that_grew_stay_tied(bases: dict[str, Path], tmp_path: P
     rows = model.get_input_embeddings().weight.shape[0] + 7
     model.resize_token_embeddings(rows)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=EVERY["bloom"]))
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path / "a")
-    with torch.no_grad():
-        expected = model.eval()(IDS).logits
-    assert torch.equal(logits(tmp_path / "a"), expected)
-    out = merged_folder(tmp_path / "a", tmp_path / "out")
-    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=2e-5)
+    out = merged_like_the_adapter(model, base, tmp_path)
     config = json.loads((out / "config.json").read_text())
     assert config["vocab_size"] == rows and config.get("tie_word_embeddings", True) is True
     with pytest.raises(ModelError, match="it can be merged alone"):

@@ -15,6 +15,7 @@ from tuoling.errors import ModelError, UsageError
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation
 from tuoling.text.templates import Template
+from tuoling.text.tokenizer import TextTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end token or a stop string. length: max_new_tokens or the context was reached."""
@@ -219,3 +220,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model's memory. The engine must not be used again."""
         ...
+
+
+class TemplatePrompts:
+    """Prompts of an engine that computes tokens itself: its template rendered, its tokenizer's ids."""
+
+    tokenizer: TextTokenizer
+    template: Template
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Token ids of the prompt, as training rendered it."""
+        return self.tokenizer.encode_segments(self.template.prompt(conversation))[0]
+
+    def prompt_text(self, conversation: Conversation) -> str:
+        """The prompt as text, without begin and end tokens."""
+        return "".join(segment.text for segment in self.template.prompt(conversation))
+
+    def count_tokens(self, conversation: Conversation) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids(conversation))

@@ -9,7 +9,7 @@ from threading import Event, Lock
 import numpy as np
 
 from tuoling.errors import UsageError
-from tuoling.infer.engine import GenerationSettings, Piece, PromptTooLong, Reply, Score
+from tuoling.infer.engine import GenerationSettings, Piece, PromptTooLong, Reply, Score, TemplatePrompts
 from tuoling.infer.llamacpp import LlamaModel, Sampler
 from tuoling.infer.llamacpp_tokenizer import GgufTokenizer
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
@@ -22,10 +22,12 @@ _SEEDS = 0xFFFFFFFF
 """llama.cpp's seeds have 32 bits, and the last of them means any."""
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(TemplatePrompts):
     """Implements `Engine` with llama.cpp. One answer at a time; others wait for it."""
 
     name = "llama.cpp"
+
+    tokenizer: GgufTokenizer
 
     def __init__(
         self,
@@ -61,20 +63,6 @@ class LlamaCppEngine:
         """Free the model's memory."""
         self.tokenizer.close()
         self.model.close()
-
-    # -- prompts -----------------------------------------------------------------------------------------------
-
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Token ids of the prompt, as training rendered it."""
-        return self.tokenizer.encode_segments(self.template.prompt(conversation))[0]
-
-    def prompt_text(self, conversation: Conversation) -> str:
-        """The prompt as text, without begin and end tokens."""
-        return "".join(segment.text for segment in self.template.prompt(conversation))
-
-    def count_tokens(self, conversation: Conversation) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt_ids(conversation))
 
     # -- answers -----------------------------------------------------------------------------------------------
 

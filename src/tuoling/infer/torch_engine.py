@@ -27,6 +27,7 @@ from tuoling.infer.engine import (
     PromptTooLong,
     Reply,
     Score,
+    TemplatePrompts,
 )
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
 from tuoling.language import tr
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
-class TorchEngine:
+class TorchEngine(TemplatePrompts):
     """Implements `Engine` with a transformers model (or a PEFT model on one)."""
 
     name = "torch"
@@ -86,20 +87,6 @@ class TorchEngine:
         self.model = None
         if on_cuda:
             torch.cuda.empty_cache()
-
-    # -- prompts -----------------------------------------------------------------------------------------------
-
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Token ids of the prompt, as training rendered it."""
-        return self.tokenizer.encode_segments(self.template.prompt(conversation))[0]
-
-    def prompt_text(self, conversation: Conversation) -> str:
-        """The prompt as text, without begin and end tokens."""
-        return "".join(segment.text for segment in self.template.prompt(conversation))
-
-    def count_tokens(self, conversation: Conversation) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt_ids(conversation))
 
     # -- answers -----------------------------------------------------------------------------------------------
 
