@@ -256,7 +256,7 @@ def merge(
                 writer.write(name, tensor)
                 step(number, len(merged.infos))
         _write_beside(merged, place, allow_remote_code=allow_remote_code)
-        checked = prove(merged.adapters, place, verify=verify, say=say)
+        checked = prove(merged.adapters, place, verify=verify, allow_remote_code=allow_remote_code, say=say)
         record = lineage(merged, checked)
         files.write_json(place / RECORD, record)
         with files.atomic_write(place / "README.md") as file:
