@@ -20,20 +20,6 @@ REPEAT_GRAM = 4
 _ENDS = " \t\r\n。.！!？?；;，,、：:\"'“”‘’「」"
 
 
-def metric_label(name: str) -> str:
-    """A metric's full name in the user's language; the method stands in it, so that nobody takes it for a judge."""
-    labels = {
-        "judge": tr("judge's score", "裁判评分"),
-        "exact_match": tr("exact match", "完全一致"),
-        "accuracy": tr("accuracy", "正确率"),
-        "f1": tr("character F1", "字符 F1"),
-        "char_bleu": tr("character BLEU (sacrebleu)", "字符 BLEU（sacrebleu）"),
-        "rouge_l": tr("ROUGE-L over words (jieba)", "ROUGE-L（jieba 分词）"),
-        "wins": tr("wins less losses", "净胜率"),
-    }
-    return labels.get(name, name)
-
-
 def normal_answer(text: str) -> str:
     """For comparing whole answers: NFKC, case folded, whitespace gone, no punctuation at the ends."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_ENDS)

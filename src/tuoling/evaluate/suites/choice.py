@@ -9,6 +9,7 @@ from tuoling.errors import UsageError
 from tuoling.evaluate.answers import Answer
 from tuoling.evaluate.choices import Choice, Choices, read_choices, require_examples
 from tuoling.evaluate.items import Item
+from tuoling.evaluate.labels import Note
 from tuoling.evaluate.likelihood import log_likelihoods
 from tuoling.evaluate.outcome import Outcome, Side
 from tuoling.evaluate.sides import Contender
@@ -49,7 +50,7 @@ def choice(
     if found.left_out:
         count, first = len(found.left_out), found.left_out[0]
         outcome.notes.append(
-            tr(f"{count} rows were left out, the first: {first}", f"{count} 行未用，第一处：{first}")
+            Note(f"{count} rows were left out, the first: {first}", f"{count} 行未用，第一处：{first}")
         )
     subjects = len({item.group for item in items})
     say(tr(f"{len(items)} questions, {subjects} subjects", f"{len(items)} 题，{subjects} 个科目"))
@@ -67,7 +68,7 @@ def choice(
     outcome.facts["groups"] = _groups(outcome, found.questions)
     outcome.write(asked.folder)
     for note in outcome.notes:
-        say(note)
+        say(str(note))
     return outcome
 
 
