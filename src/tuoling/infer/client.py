@@ -38,6 +38,8 @@ Messages = Sequence[Mapping[str, Any]]
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 60.0
+FAILURES_IN_A_ROW = 5
+"""Requests, each tried to the end, after which an endpoint counts as down."""
 
 
 class Client:
@@ -137,9 +139,11 @@ class Client:
         """(index, answer or error) of many requests as they finish, `concurrency` at once.
 
         `requests` is read as workers come free, so it may depend on the answers so far. An error that would meet
-        every request (no such model, key refused, nobody there) is raised after the answers that were under way.
+        every request (no such model, key refused, nobody there), or the last of FAILURES_IN_A_ROW that were not about
+        the request itself, is raised after the answers that were under way.
         """
         lasting: EndpointError | None = None
+        in_a_row = 0
         numbered = enumerate(requests)
         with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
             running: dict[Future[Completion], int] = {}
@@ -154,13 +158,16 @@ class Client:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         index = running.pop(future)
-                        try:
+                        error = future.exception()
+                        if not isinstance(error, EndpointError):
+                            in_a_row = 0
                             yield index, future.result()
-                        except EndpointError as error:
-                            if error.lasting:
-                                lasting = lasting or error
-                            else:
-                                yield index, error
+                            continue
+                        in_a_row += error.status is None or error.status in RETRIED
+                        if error.lasting or in_a_row >= FAILURES_IN_A_ROW:
+                            lasting = lasting or error
+                        else:
+                            yield index, error
             except BaseException:  # Ctrl-C, or the reader went away: nobody waits for retries
                 self._stop.set()
                 raise
