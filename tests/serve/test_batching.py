@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tests.tiny import tiny_model
 
-from tuoling.infer.engine import GenerationSettings, PromptTooLong, Reply
+from tuoling.infer.engine import GenerationSettings, Reply
 from tuoling.infer.torch_engine import TorchEngine
 from tuoling.models.load import find_model, load_model, load_tokenizer
 from tuoling.serve.batching import Batcher
-from tuoling.serve.jobs import Busy, Closing, Delta, Event, Failed, Finished, Job, Order
+from tuoling.serve.jobs import Delta, Event, Failed, Finished, Job, Order
 from tuoling.text.conversation import Conversation, Turn
 from tuoling.text.templates import get_template
 

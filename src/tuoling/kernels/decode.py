@@ -119,7 +119,9 @@ class DecodeStep:
     @property
     def positions(self) -> list[int]:
         """Position of every token in its own answer."""
-        own = [position for chunk in self.chunks for position in range(chunk.start, chunk.start + chunk.count)]
+        own = [
+            position for chunk in self.chunks for position in range(chunk.start, chunk.start + chunk.count)
+        ]
         return [*self.lengths, *own]
 
     def attend(
@@ -175,9 +177,7 @@ class DecodeStep:
     def _at_R(self) -> Tensor:
         return torch.tensor(self.lengths, device=self.device)
 
-    def _grow(
-        self, q_RND: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Bias | None
-    ) -> Tensor:
+    def _grow(self, q_RND: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Bias | None) -> Tensor:
         """One token for each of the first R slots: [R, N, D]. Heads that share keys are queries of one head."""
         rows, heads = q_RND.shape[:2]
         seen = min(-(-(max(self.lengths) + 1) // ROOM) * ROOM, keys.shape[2])

@@ -76,8 +76,9 @@ def _mask_interface(original: str, **arguments: Any) -> Any:
         1, 1, 0, 0, device=device
     )  # empty: an attention that is not ours fails instead of using it
     mask.tuoling_pack = pack  # type: ignore[attr-defined]
-    readable = isinstance(pack, Pack) and pack.readable
-    window = _window_of(arguments["mask_function"], pack, device) if readable else None
+    window = None
+    if isinstance(pack, Pack) and pack.readable:
+        window = _window_of(arguments["mask_function"], pack, device)
     mask.tuoling_bias = None if window is None else Bias(window=window)  # type: ignore[attr-defined]
     return mask
 

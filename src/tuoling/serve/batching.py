@@ -20,7 +20,7 @@ from tuoling.infer.engine import PromptTooLong
 from tuoling.infer.torch_engine import TorchEngine
 from tuoling.language import tr
 from tuoling.serve.growth import Answer
-from tuoling.serve.jobs import Ask, Busy, Closing, FairQueue, Impossible, Job, TimedOut
+from tuoling.serve.jobs import Ask, Busy, Closing, FairQueue, Impossible, Job, TimedOut, TooManyTokens
 from tuoling.serve.sampling import choose, logs_of
 from tuoling.serve.stepper import Filling, Growing, Stepper
 
@@ -101,8 +101,13 @@ class Batcher:
         limit = self.engine.context_tokens
         if not ids:
             raise Impossible(tr("the prompt has no tokens", "提示中没有 token"))
+        words = self.stepper.words
+        if not all(0 <= token < words for token in ids):
+            raise Impossible(tr(f"token ids are 0 to {words - 1}", f"token 编号的范围是 0 到 {words - 1}"))
         if limit is not None and len(ids) + 1 > limit:
             raise PromptTooLong(len(ids), limit - 1)
+        if limit is not None and order.whole_room and len(ids) + order.settings.max_new_tokens > limit:
+            raise TooManyTokens(len(ids), order.settings.max_new_tokens, limit)
         ask = Ask(job, number, ids)
         if order.choices > self.rows:
             raise Impossible(
@@ -234,7 +239,8 @@ class Batcher:
     def _join(self) -> tuple[list[tuple[_Joining, Filling]], list[_Joining]]:
         """Pieces of prompts for this step, and those that are whole with it; at most one prompt stays unfinished."""
         budget, slot = self._prompt_tokens, len(self._answers)
-        pieces, whole = [], []
+        pieces: list[tuple[_Joining, Filling]] = []
+        whole: list[_Joining] = []
         while budget > 0:
             joining = self._joining or self._admit(slot, [one.ask for one in whole])
             if joining is None:
@@ -289,9 +295,7 @@ class Batcher:
         for answer, token, log, good in zip(answers, tokens, logs, finite, strict=True):
             if not good:
                 answer.spoiled = True
-                answer.job.fail(
-                    Impossible(tr("the model's numbers are not finite", "模型给出了非有限数值"))
-                )
+                answer.job.fail(Impossible(tr("the model's numbers are not finite", "模型给出了非有限数值")))
             elif answer.job.gone or answer.grow(token, log):
                 pass
             else:
@@ -304,7 +308,9 @@ class Batcher:
     def _fail_all(self, error: Exception) -> None:
         """A step that could not be computed ends everybody in it; the server goes on."""
         known = error if isinstance(error, TuolingError) else None
-        message = tr(f"a step failed: {type(error).__name__}: {error}", f"计算失败：{type(error).__name__}：{error}")
+        message = tr(
+            f"a step failed: {type(error).__name__}: {error}", f"计算失败：{type(error).__name__}：{error}"
+        )
         console.warn(message)
         jobs = {answer.job for answer in self._answers}
         if self._joining is not None:

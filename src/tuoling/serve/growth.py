@@ -18,9 +18,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 class Answer:
     """A choice of a job that the model works on. Its slot holds all its tokens but the newest."""
 
-    def __init__(
-        self, job: Job, choice: int, *, prompt_tokens: int, room: int, engine: TorchEngine
-    ) -> None:
+    def __init__(self, job: Job, choice: int, *, prompt_tokens: int, room: int, engine: TorchEngine) -> None:
         """room: tokens it may have."""
         settings = job.order.settings
         self.job = job

@@ -43,13 +43,27 @@ class TimedOut(TuolingError):
         super().__init__(
             tr(f"no whole answer within {seconds:g} s", f"{seconds:g} 秒内没有完成回答"),
             remedy=tr(
-                "ask for fewer tokens, or a longer --request-timeout", "减少 max_tokens，或加大 --request-timeout"
+                "ask for fewer tokens, or a longer --request-timeout",
+                "减少 max_tokens，或加大 --request-timeout",
             ),
         )
 
 
 class Impossible(ModelError):
     """This engine, or this server's memory, cannot do what is asked."""
+
+
+class TooManyTokens(ModelError):
+    """Prompt and answer do not fit the context together."""
+
+    def __init__(self, prompt: int, answer: int, context: int) -> None:
+        super().__init__(
+            tr(
+                f"{prompt} tokens of prompt and {answer} of answer do not fit into {context}",
+                f"提示 {prompt} 个 token 加回答 {answer} 个，超出上下文 {context} 个",
+            ),
+            remedy=tr(f"max_tokens can be {context - prompt}", f"max_tokens 最多为 {context - prompt}"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,8 @@ class Order:
     logprobs: int | None = None
     caller: str = ""
     timeout_s: float | None = None
+    whole_room: bool = False
+    """Whether max_new_tokens was asked for, and less is not what was meant."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class LoraRows:
         self._model: Any = model
         configs = getattr(model, "peft_config", None) or {}
         self.names = tuple(configs)
-        active = getattr(model, "active_adapters", ()) or ()
+        active: list[str] = list(getattr(model, "active_adapters", None) or ())
         self.first: str | None = active[0] if configs and len(active) == 1 else None
         self._layers: list[nn.Module] = []
         self._groups: list[tuple[str, Tensor | None]] | None = None
@@ -111,7 +111,9 @@ def _tuned(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return [
+        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
 
 
 def _plain(module: Any) -> bool:

@@ -91,7 +91,9 @@ def _unfiltered(settings: GenerationSettings) -> bool:
 
 def _uniform(choosers: Sequence[Chooser], device: torch.device) -> Tensor:
     numbers = [chooser.draw() for chooser in choosers]
-    return torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return torch.tensor(
+        numbers, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
 
 
 def _pick(shares_RV: Tensor, uniform_R: Tensor) -> Tensor:
@@ -143,7 +145,9 @@ def _kept(
     k_R1 = torch.tensor(top_k, device=values_RC.device).unsqueeze(1)
     inside = values_RC.masked_fill(place_C >= k_R1, float("-inf"))
     # a top_k within the candidates is a distribution of its own
-    whole_R1 = torch.where(k_R1 <= values_RC.shape[1], inside.logsumexp(-1, keepdim=True), total_R.unsqueeze(1))
+    whole_R1 = torch.where(
+        k_R1 <= values_RC.shape[1], inside.logsumexp(-1, keepdim=True), total_R.unsqueeze(1)
+    )
     shares = (inside - whole_R1).exp()
     p_R1 = torch.tensor([one.top_p for one in settings], device=values_RC.device).unsqueeze(1)
     before = shares.cumsum(-1) - shares

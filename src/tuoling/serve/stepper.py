@@ -61,7 +61,10 @@ class Stepper:
         self._attention = PackedAttention(base)
         takes = inspect.signature(base.forward).parameters
         self._takes_positions = "position_ids" in takes
-        self._device = base.get_input_embeddings().weight.device
+        embedding = base.get_input_embeddings().weight
+        self.words: int = embedding.shape[0]
+        """Token ids end before this."""
+        self._device = embedding.device
         if "logits_to_keep" not in takes:
             raise Unbatchable(
                 tr("its forward gives logits of all tokens only", "它的 forward 只能给出全部 token 的 logits")
@@ -130,8 +133,7 @@ class Stepper:
             return tr("it has layers of another kind than attention", "它含有注意力以外的层")
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             return tr("its adapter adds tokens of its own", "它的适配器会添加自己的 token")
-        rows = self._base.get_input_embeddings().weight.shape[0]
-        documents = probe.Documents.make(min(rows, config.vocab_size), self._device)
+        documents = probe.Documents.make(min(self.words, config.vocab_size), self._device)
         first, second = documents.first.tolist(), documents.second.tolist()
         with probe.undisturbed(self.model, self._device):
             expected = self._own(second[:6]), self._own(second), self._own(first)
