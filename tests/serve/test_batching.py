@@ -49,9 +49,11 @@ def batcher(engine: TorchEngine) -> Iterator[Batcher]:
 class Caller:
     """Collects what one job says."""
 
-    def __init__(self, text: str, settings: GenerationSettings = GREEDY, **order: Any) -> None:
+    def __init__(
+        self, engine: TorchEngine, text: str, settings: GenerationSettings = GREEDY, **order: Any
+    ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.job = Job(Order((ask(text),), settings, **order), self.events.put)
+        self.job = Job(Order(engine, (ask(text),), settings, **order), self.events.put)
 
     def wait(self) -> list[tuple[str, Reply]]:
         """Streamed text and reply of each choice."""
@@ -78,7 +80,7 @@ def run(batcher: Batcher, callers: list[Caller]) -> list[tuple[str, Reply]]:
 def test_batch_mates_change_nothing(engine: TorchEngine, batcher: Batcher) -> None:
     """More callers than rows, a prompt longer than a step's share: each gets the engine's own greedy answer."""
     texts = QUESTIONS * 2
-    answers = run(batcher, [Caller(text) for text in texts])
+    answers = run(batcher, [Caller(engine, text) for text in texts])
     for text, (streamed, reply) in zip(texts, answers, strict=True):
         assert reply == engine.generate([ask(text)], GREEDY)[0], text
         assert streamed == reply.text

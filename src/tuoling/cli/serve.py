@@ -105,6 +105,14 @@ def command(
             "--log-prompts", help=tr("write questions and answers to the log", "把问题与回答写入日志")
         ),
     ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=PATH",
+            help=tr("one more adapter on the same base", "同一基座上的其他适配器"),
+        ),
+    ] = None,
     template: Template = None,
     base: Base = None,
     lora_alpha: LoraAlpha = None,
@@ -130,10 +138,11 @@ def command(
         address, key_file or environment.config_dir() / "serve-keys.json", required=require_key, new=new_key
     )
     from tuoling.api import load
+    from tuoling.infer.open_torch import parse_adapters
     from tuoling.serve.api import Service
     from tuoling.serve.guard import GuardSettings
-    from tuoling.serve.requests import Limits
-    from tuoling.serve.server import LOCAL_NAMES, backend_of, names_of, reader_for, run
+    from tuoling.serve.requests import Limits, Reader
+    from tuoling.serve.server import LOCAL_NAMES, backend_of, names_of, run
 
     with load(
         run_or_model,
@@ -145,21 +154,20 @@ def command(
         device=device,
         quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
+        adapters=parse_adapters(adapter or []),
     ) as model:
         backend = backend_of(model.engine, rows=max_running, waiting=max_waiting, memory_tokens=memory_tokens)
         main = model_name or Path(run_or_model).expanduser().resolve().name
-        names = names_of(main, backend.adapters, None)
+        names = names_of(model.engine, main)
         limits = Limits(max_tokens=max_tokens, timeout_s=request_timeout)
-        service = Service(
-            model.engine, backend, reader_for(model.engine, names, limits), log_prompts=log_prompts
-        )
+        service = Service(backend, Reader(names, limits), log_prompts=log_prompts)
         hosts = frozenset({*LOCAL_NAMES, host}) if address.local and keys is None else None
         guard = GuardSettings(keys=keys, hosts=hosts, body_bytes=int(max_body_mb * 2**20))
         place = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
         console.note(
             tr(
-                f"serving {', '.join(names.adapters)} at {place}/v1",
-                f"{', '.join(names.adapters)} 已在 {place}/v1 提供服务",
+                f"serving {', '.join(names.engines)} at {place}/v1",
+                f"{', '.join(names.engines)} 已在 {place}/v1 提供服务",
             )
         )
         run(service, guard, listening, drain_s=drain)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tuoling.infer.engine import Reply
 from tuoling.serve.jobs import Delta, Finished, TokenLog
 from tuoling.serve.requests import Wanted
-
-Spell = Callable[[int], str]
-"""A token's own text."""
 
 
 @dataclass(eq=False)
@@ -28,10 +25,9 @@ class Gathered:
 class Shape:
     """One request's answer as it comes. `chat` or plain completion."""
 
-    def __init__(self, wanted: Wanted, fingerprint: str, spell: Spell, *, chat: bool) -> None:
+    def __init__(self, wanted: Wanted, *, chat: bool) -> None:
         self.chat = chat
         self._wanted = wanted
-        self._spell = spell
         order = wanted.order
         self.choices = [Gathered() for _ in range(len(order.prompts) * order.choices)]
         kind = "chat.completion" if chat else "text_completion"
@@ -40,7 +36,7 @@ class Shape:
             "object": kind,
             "created": int(time.time()),
             "model": wanted.model,
-            "system_fingerprint": f"fp_{fingerprint[:12]}",
+            "system_fingerprint": f"fp_{order.engine.fingerprint[:12]}",
         }
 
     def take(self, event: Delta | Finished) -> dict[str, Any]:
@@ -144,6 +140,12 @@ class Shape:
             "top_logprobs": [{self._spell(token): value for token, value in log.best} for log in tokens],
             "text_offset": offsets,
         }
+
+    def _spell(self, token: int) -> str:
+        """A token's own text."""
+        tokenizer: Any = self._wanted.order.engine.tokenizer  # type: ignore[attr-defined]
+        text: str = tokenizer.raw_decode([token], keep_special=True)
+        return text
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._spell(token)

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from tuoling import console
-from tuoling.infer.engine import Engine
 from tuoling.language import tr
 from tuoling.serve.answers import Shape
 from tuoling.serve.fields import read_json_body
@@ -33,19 +32,12 @@ NEWLINE = "<FN>"
 class Service:
     """What the routes answer with. log_prompts: write questions and answers to the log."""
 
-    engine: Engine
     backend: Backend
     reader: Reader
     metrics: Metrics = field(default_factory=Metrics)
     log_prompts: bool = False
     closing: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))
-
-    def spell(self, token: int) -> str:
-        """A token's own text."""
-        tokenizer: Any = self.engine.tokenizer  # type: ignore[attr-defined]
-        text: str = tokenizer.raw_decode([token], keep_special=True)
-        return text
 
     def understand(
         self, read: Callable[[Mapping[str, Any], str], Wanted], body: bytes, caller: str
@@ -179,7 +171,7 @@ def _add_openai(app: Any, service: Service) -> None:
         wanted = service.understand(read, await request.body(), request.state.caller)
         exchange = _Exchange(service, request, wanted)
         await _submitted(exchange)
-        shape = Shape(wanted, service.engine.fingerprint, service.spell, chat=chat)
+        shape = Shape(wanted, chat=chat)
         if wanted.stream:
             return StreamingResponse(
                 exchange.chunks(shape), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -211,12 +203,12 @@ def _add_openai(app: Any, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        data = [card(name) for name in service.reader.names.adapters]
+        data = [card(name) for name in service.reader.names.engines]
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        service.reader.names.adapter(name)
+        service.reader.names.engine(name)
         return JSONResponse(card(name))
 
 

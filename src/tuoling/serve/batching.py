@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +63,6 @@ class Batcher:
         self._limit = waiting
         self._prompt_tokens = prompt_tokens
         self.stepper = Stepper(engine.model, slots=rows)
-        self.adapters = self.stepper.adapters.names
         self.memory_tokens = memory_tokens or self._free_tokens()
         self.steps = 0
         self._answers: list[Answer] = []
@@ -97,8 +98,9 @@ class Batcher:
 
     def _ask(self, job: Job, number: int) -> Ask:
         order, prompt = job.order, job.order.prompts[number]
-        ids = list(prompt) if isinstance(prompt, tuple) else self.engine.prompt_ids(prompt)
-        limit = self.engine.context_tokens
+        engine: Any = order.engine
+        ids = list(prompt) if isinstance(prompt, tuple) else engine.prompt_ids(prompt)
+        limit = engine.context_tokens
         if not ids:
             raise Impossible(tr("the prompt has no tokens", "提示中没有 token"))
         words = self.stepper.words
@@ -215,11 +217,12 @@ class Batcher:
     def _step(self) -> None:
         """One forward: a token for each answer, and pieces of prompts."""
         self._taken.clear()
-        growing = [Growing(answer.length, answer.ids[-1], answer.adapter) for answer in self._answers]
+        growing = [Growing(answer.length, answer.ids[-1], answer.layers) for answer in self._answers]
         pieces, joined = self._join()
         if not growing and not pieces:
             return
-        logits = self.stepper.step(growing, [piece for _, piece in pieces])
+        with self._selected([joining.ask for joining, _ in pieces]):
+            logits = self.stepper.step(growing, [piece for _, piece in pieces])
         self.steps += 1
         at = len(growing)
         answers = list(self._answers)
@@ -246,7 +249,7 @@ class Batcher:
             if joining is None:
                 break
             ids = joining.ask.ids[joining.done : joining.done + budget]
-            piece = Filling(joining.slot, joining.done, ids, joining.ask.job.order.adapter)
+            piece = Filling(joining.slot, joining.done, ids, _layers(joining.ask))
             pieces.append((joining, piece))
             budget -= len(ids)
             if joining.done + len(ids) < len(joining.ask.ids):
@@ -272,17 +275,26 @@ class Batcher:
             self._taken.add(self._queue.pop().job)
         return _Joining(ask, slot)
 
+    def _selected(self, asks: list[Ask]) -> AbstractContextManager[None]:
+        """Where adapters cannot share a step, the one of this step is set in the model."""
+        if self.stepper.adapters.mixed:
+            return nullcontext()
+        engine: Any = self._answers[0].job.order.engine if self._answers else asks[0].job.order.engine
+        chosen: AbstractContextManager[None] = engine.selected()
+        return chosen
+
     def _other_adapter(self, ask: Ask, others: list[Ask]) -> bool:
         """Where adapters cannot share a step, a batch of one is answered before the next one begins."""
         orders = [answer.job.order for answer in self._answers] + [other.job.order for other in others]
-        return any(order.adapter != ask.job.order.adapter for order in orders)
+        return any(order.engine is not ask.job.order.engine for order in orders)
 
     def _answer(self, joining: _Joining, choice: int) -> Answer:
         ask = joining.ask
         room = ask.job.order.settings.max_new_tokens
-        if self.engine.context_tokens is not None:
-            room = min(room, self.engine.context_tokens - len(ask.ids))
-        return Answer(ask.job, choice, prompt_tokens=len(ask.ids), room=room, engine=self.engine)
+        context = ask.job.order.engine.context_tokens
+        if context is not None:
+            room = min(room, context - len(ask.ids))
+        return Answer(ask.job, choice, prompt_tokens=len(ask.ids), room=room)
 
     def _say(self, logits_RV: Tensor, answers: list[Answer]) -> None:
         """Choose each answer's token, hand on its text, and let those that are whole leave."""
@@ -321,3 +333,10 @@ class Batcher:
             job.fail(known or TuolingError(message))
         self._answers, self._joining = [], None
         self.stepper.cache.free()
+
+
+def _layers(ask: Ask) -> str | None:
+    """PEFT's name of the adapter that answers."""
+    engine: Any = ask.job.order.engine
+    layers: str | None = engine.layers
+    return layers

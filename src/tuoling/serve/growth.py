@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 from tuoling.infer.stops import StopFilter, reply_of
-from tuoling.infer.torch_engine import TorchEngine
 from tuoling.serve.jobs import Delta, Job, TokenLog
 from tuoling.serve.sampling import Chooser
 from tuoling.text.tokenizer import StreamDecoder
@@ -18,13 +18,14 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 class Answer:
     """A choice of a job that the model works on. Its slot holds all its tokens but the newest."""
 
-    def __init__(self, job: Job, choice: int, *, prompt_tokens: int, room: int, engine: TorchEngine) -> None:
+    def __init__(self, job: Job, choice: int, *, prompt_tokens: int, room: int) -> None:
         """room: tokens it may have."""
         settings = job.order.settings
+        engine: Any = job.order.engine
         self.job = job
         self.choice = choice
         self.prompt_tokens = prompt_tokens
-        self.adapter = job.order.adapter
+        self.layers = engine.layers
         self.started_at = time.monotonic()
         self.spoiled = False
         seed = random.getrandbits(63) if settings.seed is None else settings.seed + choice * _SEED_STEP

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tuoling.errors import ModelError, TuolingError
-from tuoling.infer.engine import GenerationSettings, Reply
+from tuoling.infer.engine import Engine, GenerationSettings, Reply
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation
 
@@ -70,13 +70,13 @@ class TooManyTokens(ModelError):
 class Order:
     """One request. logprobs: None for none, else how many of the best tokens beside the chosen one.
 
-    adapter: a loaded adapter's name; "" the base; None what the model has active. caller: who shares a turn.
+    engine: which of the engines on the model answers (`Engine.using`). caller: who shares a turn.
     """
 
+    engine: Engine
     prompts: tuple[Prompt, ...]
     settings: GenerationSettings
     choices: int = 1
-    adapter: str | None = None
     logprobs: int | None = None
     caller: str = ""
     timeout_s: float | None = None
@@ -164,8 +164,6 @@ class Backend(Protocol):
 
     rows: int
     """Answers that grow at the same time."""
-    adapters: tuple[str, ...]
-    """Adapters a request may name."""
     logprobs: bool
     """Whether it can tell how likely tokens were."""
 

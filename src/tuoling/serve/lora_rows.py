@@ -15,30 +15,23 @@ from torch import Tensor, nn
 
 from tuoling.kernels.forwards import put_back, replace_forward
 
-BASE = ""
-"""The name of an answer that asks for the base without any adapter."""
-
 
 class LoraRows:
-    """The adapters of a PeftModel. `mixed`: answers of different adapters may share a step.
+    """The adapters of a PeftModel.
 
-    names:  the adapters that are loaded; none on a plain model.
-    first:  the adapter that PEFT has active, what an answer gets that names none.
+    mixed: answers of different adapters may share a step. first: the adapter that PEFT has active.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-        configs = getattr(model, "peft_config", None) or {}
-        self.names = tuple(configs)
-        active: list[str] = list(getattr(model, "active_adapters", None) or ())
-        self.first: str | None = active[0] if configs and len(active) == 1 else None
+        adapted: Any = model if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
+        self.first: str | None = None if adapted is None else adapted.active_adapter
+        tuned = [] if adapted is None else _tuned(model)
+        self.mixed = all(_plain(module) for module in tuned)
         self._layers: list[nn.Module] = []
         self._groups: list[tuple[str, Tensor | None]] | None = None
-        self.mixed = bool(configs) and all(_plain(module) for module in _tuned(model))
-        if self.mixed:
-            for module in _tuned(model):
-                replace_forward(module, self._forward_of(module.forward))
-                self._layers.append(module)
+        for module in tuned if self.mixed else ():
+            replace_forward(module, self._forward_of(module.forward))
+            self._layers.append(module)
 
     def remove(self) -> None:
         """Put PEFT's own forward back."""
@@ -47,32 +40,13 @@ class LoraRows:
 
     @contextmanager
     def of_tokens(self, owners: Sequence[str | None], device: torch.device) -> Iterator[None]:
-        """Inside, token t goes through the adapter `owners[t]`; "" is the base alone, None the active one.
-
-        Where adapters cannot be mixed all owners are the same: PEFT is told which.
-        """
-        names = [self.first if owner is None else owner for owner in owners]
-        if not self.names:
+        """Inside, token t goes through the adapter `owners[t]` (None: the base alone), where they can be mixed."""
+        if self._layers:
+            self._groups = _groups(owners, device)
+        try:
             yield
-        elif self.mixed:
-            self._groups = _groups(names, device)
-            try:
-                yield
-            finally:
-                self._groups = None
-        elif names[0] == BASE:
-            with self._model.disable_adapter():
-                yield
-        else:
-            if names[0] != self.first:
-                self._model.set_adapter(names[0])
-                self._model.requires_grad_(False)
-            try:
-                yield
-            finally:
-                if names[0] != self.first and self.first is not None:
-                    self._model.set_adapter(self.first)
-                    self._model.requires_grad_(False)
+        finally:
+            self._groups = None
 
     def _forward_of(self, original: Any) -> Any:
         def forward(module: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -89,19 +63,19 @@ class LoraRows:
                 if where is None:
                     out = out + change.to(out.dtype)
                 else:
-                    out[:, where] += change.to(out.dtype)
+                    out = out.index_add(1, where, change.to(out.dtype))
             return out
 
         return forward
 
 
-def _groups(names: Sequence[str | None], device: torch.device) -> list[tuple[str, Tensor | None]]:
+def _groups(owners: Sequence[str | None], device: torch.device) -> list[tuple[str, Tensor | None]]:
     """Adapter → places of its tokens; None where all are its own. The base has no group."""
-    wanted = sorted({name for name in names if name})
-    if len(wanted) == 1 and all(names):
+    wanted = sorted({name for name in owners if name is not None})
+    if len(wanted) == 1 and None not in owners:
         return [(wanted[0], None)]
     return [
-        (name, torch.tensor([at for at, owner in enumerate(names) if owner == name], device=device))
+        (name, torch.tensor([at for at, owner in enumerate(owners) if owner == name], device=device))
         for name in wanted
     ]
 
@@ -111,9 +85,8 @@ def _tuned(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _plain(module: Any) -> bool:

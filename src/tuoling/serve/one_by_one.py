@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tuoling import console
 from tuoling.errors import TuolingError
-from tuoling.infer.engine import Engine
+from tuoling.infer.engine import append_only
 from tuoling.language import tr
 from tuoling.serve.jobs import Ask, Busy, Closing, Delta, FairQueue, Impossible, Job, TimedOut, TooManyTokens
 from tuoling.text.conversation import Conversation
@@ -20,9 +20,7 @@ class OneByOne:
     logprobs = False
     rows = 1
 
-    def __init__(self, engine: Engine, *, waiting: int = 64) -> None:
-        self.engine = engine
-        self.adapters: tuple[str, ...] = ()
+    def __init__(self, *, waiting: int = 64) -> None:
         self._limit = waiting
         self._queue = FairQueue()
         self._wake = threading.Condition()
@@ -41,10 +39,10 @@ class OneByOne:
                 raise Impossible(
                     tr("this engine takes texts, no token ids", "该引擎只接受文本，不接受 token 编号")
                 )
-            if order.whole_room and self.engine.context_tokens is not None:
-                tokens, room = self.engine.count_tokens(prompt), order.settings.max_new_tokens
-                if tokens + room > self.engine.context_tokens:
-                    raise TooManyTokens(tokens, room, self.engine.context_tokens)
+            if order.whole_room and order.engine.context_tokens is not None:
+                tokens, room = order.engine.count_tokens(prompt), order.settings.max_new_tokens
+                if tokens + room > order.engine.context_tokens:
+                    raise TooManyTokens(tokens, room, order.engine.context_tokens)
         with self._wake:
             if self._closing:
                 raise Closing
@@ -111,7 +109,7 @@ class OneByOne:
         prompt = order.prompts[ask.number]
         assert isinstance(prompt, Conversation)
         cancel = threading.Event()
-        for piece in self.engine.stream(prompt, settings, cancel=cancel):
+        for piece in append_only(order.engine.stream(prompt, settings, cancel=cancel)):
             if self._over(ask.job):
                 cancel.set()
                 return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuoling.errors import UsageError
-from tuoling.infer.engine import GenerationSettings
+from tuoling.infer.engine import Engine, GenerationSettings
 from tuoling.language import tr
 from tuoling.serve.fields import Fields, whole_text
 from tuoling.serve.jobs import Order, Prompt
@@ -72,15 +72,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Model names a request may use: name → adapter ("" the base alone, None what was loaded)."""
+    """Model names a request may use, and the engine that answers to each."""
 
-    adapters: Mapping[str, str | None]
+    engines: Mapping[str, Engine]
     main: str
 
-    def adapter(self, name: str) -> str | None:
+    def engine(self, name: str) -> Engine:
         """Refusal (404) for a name that is not served."""
-        if name not in self.adapters:
-            have = ", ".join(self.adapters)
+        if name not in self.engines:
+            have = ", ".join(self.engines)
             raise Refusal(
                 404,
                 tr(
@@ -90,7 +90,7 @@ class Names:
                 "model",
                 "model_not_found",
             )
-        return self.adapters[name]
+        return self.engines[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +106,16 @@ class Wanted:
 class Reader:
     """Reads requests for one server."""
 
-    def __init__(
-        self, names: Names, defaults: GenerationSettings, limits: Limits, system: str | None = None
-    ) -> None:
-        """defaults: the model's own settings. system: the text it was tuned with, where a request has none."""
+    def __init__(self, names: Names, limits: Limits) -> None:
         self.names = names
         self.limits = limits
-        longest = min(defaults.max_new_tokens, limits.max_tokens)
-        self._defaults = replace(
-            defaults,
-            num_beams=1,
-            max_new_tokens=longest,
-            min_new_tokens=min(defaults.min_new_tokens, longest),
-        )
-        self._system = system
+
+    def _defaults(self, engine: Engine) -> GenerationSettings:
+        """The engine's own settings within the limits; beams are not for many callers."""
+        own = engine.defaults
+        longest = min(own.max_new_tokens, self.limits.max_tokens)
+        shortest = min(own.min_new_tokens, longest)
+        return replace(own, num_beams=1, max_new_tokens=longest, min_new_tokens=shortest)
 
     def chat(self, body: Mapping[str, Any], caller: str) -> Wanted:
         """/v1/chat/completions"""
@@ -134,7 +130,7 @@ class Reader:
             raise bad(
                 tr("top_logprobs needs logprobs=true", "使用 top_logprobs 需要 logprobs=true"), "top_logprobs"
             )
-        conversation = self.conversation(messages)
+        conversation = self.conversation(messages, self.names.engine(model).system)
         return self._wanted(fields, (conversation,), model, caller, (best or 0) if wants_logs else None)
 
     def completion(self, body: Mapping[str, Any], caller: str) -> Wanted:
@@ -154,7 +150,9 @@ class Reader:
         if text is None:
             raise bad(tr("question is missing", "缺少 question"), "question", "missing_parameter")
         system = fields.text("system")
-        conversation = self._with_system([Turn("user", text)], system)
+        conversation = _with_system(
+            [Turn("user", text)], self.names.engine(model).system if system is None else system
+        )
         return self._wanted(fields, (conversation,), model, caller, None)
 
     # -- parts -------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ class Reader:
     def _model(self, fields: Fields) -> str:
         model = fields.text("model")
         if model is None:
-            have = ", ".join(self.names.adapters)
+            have = ", ".join(self.names.engines)
             raise bad(
                 tr(f"model is missing; there are: {have}", f"缺少 model；可用：{have}"),
                 "model",
@@ -173,8 +171,8 @@ class Reader:
     def _wanted(
         self, fields: Fields, prompts: tuple[Prompt, ...], model: str, caller: str, logprobs: int | None
     ) -> Wanted:
-        adapter = self.names.adapter(model)
-        settings, explicit = self._settings(fields)
+        engine = self.names.engine(model)
+        settings, explicit = self._settings(fields, self._defaults(engine))
         choices = fields.integer("n", 1, self.limits.choices) or 1
         stream = fields.flag("stream")
         if "stream_options" in fields and not stream:
@@ -187,10 +185,10 @@ class Reader:
         options.end(("include_obfuscation",), {}, ("include_usage",))
         fields.end(IDLE, NEUTRAL, _KNOWN)
         order = Order(
+            engine,
             prompts,
             settings,
             choices=choices,
-            adapter=adapter,
             logprobs=logprobs,
             caller=caller,
             timeout_s=self.limits.timeout_s,
@@ -198,7 +196,7 @@ class Reader:
         )
         return Wanted(order, model, stream, usage)
 
-    def _settings(self, fields: Fields) -> tuple[GenerationSettings, bool]:
+    def _settings(self, fields: Fields, defaults: GenerationSettings) -> tuple[GenerationSettings, bool]:
         """Settings, and whether the request names its own length."""
         values: dict[str, Any] = {ours: fields.number(theirs) for theirs, ours in _SAME.items()}
         values |= {ours: fields.integer(theirs, 0, 2**63 - 1) for theirs, ours in _WHOLE.items()}
@@ -212,7 +210,7 @@ class Reader:
             values["do_sample"] = fields.flag("do_sample")
         values["stop"] = self._stops(fields.take("stop"))
         try:
-            return self._defaults.with_values(values), values["max_new_tokens"] is not None
+            return defaults.with_values(values), values["max_new_tokens"] is not None
         except UsageError as error:
             raise bad(". ".join(filter(None, (error.problem, error.remedy))), error.where) from error
 
@@ -251,12 +249,14 @@ class Reader:
                 prompts.append(Conversation((Turn("text", whole_text(one, "prompt")),)))
         return tuple(prompts)
 
-    def conversation(self, messages: Any) -> Conversation:
-        """OpenAI's messages: system first if at all, then user and assistant in turn, a user's at the end."""
+    def conversation(self, messages: Any, system: str | None = None) -> Conversation:
+        """OpenAI's messages: system first if at all, then user and assistant in turn, a user's at the end.
+
+        system: the text where they have none.
+        """
         if not isinstance(messages, list) or not messages:
             raise bad(tr("messages must be a list that is not empty", "messages 必须是非空列表"), "messages")
         turns: list[Turn] = []
-        system: str | None = None
         for number, message in enumerate(messages):
             where = f"messages[{number}]"
             if not isinstance(message, dict):
@@ -291,11 +291,11 @@ class Reader:
             raise bad(
                 tr("messages must end with a user's message", "messages 必须以 user 消息结尾"), "messages"
             )
-        return self._with_system(turns, system)
+        return _with_system(turns, system)
 
-    def _with_system(self, turns: list[Turn], system: str | None) -> Conversation:
-        system = self._system if system is None else system
-        return Conversation((*([Turn("system", system)] if system else []), *turns))
+
+def _with_system(turns: list[Turn], system: str | None) -> Conversation:
+    return Conversation((*([Turn("system", system)] if system else []), *turns))
 
 
 def _content(value: Any, where: str) -> str:

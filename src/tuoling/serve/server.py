@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from tuoling.serve.batching import Batcher
 from tuoling.serve.guard import GuardSettings
 from tuoling.serve.jobs import Backend
 from tuoling.serve.keys import ApiKeys, make_key, read_keys
-from tuoling.serve.lora_rows import BASE
 from tuoling.serve.one_by_one import OneByOne
-from tuoling.serve.requests import Limits, Names, Reader
+from tuoling.serve.requests import Names
 from tuoling.serve.stepper import Unbatchable
 
 KEY_VARIABLE = "TUOLING_API_KEY"
@@ -105,17 +103,13 @@ def backend_of(engine: Engine, *, rows: int, waiting: int, memory_tokens: int | 
             )
     else:
         console.note(tr(f"one answer at a time ({engine.name})", f"逐个回答（{engine.name}）"))
-    return OneByOne(engine, waiting=waiting)
+    return OneByOne(waiting=waiting)
 
 
-def names_of(main: str, adapters: Iterable[str], base: str | None) -> Names:
-    """What requests may call the models: the main name, each further adapter, the base where it is under adapters."""
-    table: dict[str, str | None] = {main: None}
-    for name in adapters:
-        table.setdefault(name, name)
-    if base is not None:
-        table.setdefault(base, BASE)
-    return Names(table, main)
+def names_of(engine: Engine, main: str) -> Names:
+    """What requests may call the models: the main name for what was opened, each adapter's, the base's."""
+    others = {name: engine.using(name) for name in engine.adapters if name != engine.adapter}
+    return Names({main: engine, **{name: one for name, one in others.items() if name != main}}, main)
 
 
 class GracefulServer(uvicorn.Server):
@@ -166,8 +160,3 @@ def run(service: Service, guard: GuardSettings, listening: socket.socket, *, dra
     with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises the signal once more when it is done
         server.run(sockets=[listening])
     service.backend.close(0.0)
-
-
-def reader_for(engine: Engine, names: Names, limits: Limits) -> Reader:
-    """Reads requests with the engine's own defaults."""
-    return Reader(names, engine.defaults, limits, engine.system)
