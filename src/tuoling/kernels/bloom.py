@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tuoling.kernels.attention import Bias
 from tuoling.kernels.forwards import replace_forward
-from tuoling.kernels.interface import pack_of
+from tuoling.kernels.interface import decoding, pack_of
 
 
 def install(base: nn.Module) -> list[nn.Module]:
@@ -74,7 +74,8 @@ def _packed(original: Any, bias: Bias) -> Any:
 
 
 def _gelu(self: nn.Module, x: Tensor) -> Tensor:
-    """The same tanh approximation in one kernel: the written-out one makes 8 passes forward, 14 backward."""
-    if not self.training:
+    """The same tanh approximation in one kernel: the written-out one makes 8 passes forward, 14 backward. A step of
+    16 answers in bf16 spent 17 % of its time in them."""
+    if not self.training and not decoding():
         return type(self).forward(self, x)
     return F.gelu(x, approximate="tanh")

@@ -40,6 +40,11 @@ def active_pack(pack: Together | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def decoding() -> bool:
+    """Whether a step of answers that grow is being computed."""
+    return isinstance(_ACTIVE.get(), DecodeStep)
+
+
 def pack_of(mask: Any) -> Together | None:
     """The pack a mask carries; None for an ordinary mask (generation, evaluation by others)."""
     pack: Together | None = getattr(mask, "tuoling_pack", None)

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
 from tuoling.infer.engine import GenerationSettings
 from tuoling.infer.torch_engine import _reply_processors
 from tuoling.serve.jobs import TokenLog
 
-CANDIDATES = 1024
+CANDIDATES = 256
 """Most likely tokens that are looked at first. Sorting a vocabulary of 250,880 words for top_p takes 15 ms an answer;
 these nearly always hold the whole share, and where they do not, the vocabulary is sorted after all."""
+BLOCK = 512
+"""Words of a block."""
 
 
 @dataclass(eq=False)
@@ -61,10 +64,13 @@ class Chooser:
 def choose(logits_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     """The next token id of each row. Rows do not see each other."""
     scores_RV = logits_RV.float()
-    best = scores_RV.argmax(-1)
+    chosen = [0] * len(choosers)
+    if any(chooser.plain for chooser in choosers):
+        chosen = [int(token) for token in scores_RV.argmax(-1).tolist()]
     if all(chooser.plain for chooser in choosers):
-        return [int(token) for token in best.tolist()]
-    chosen: list[int] = best.tolist()
+        return chosen
+    if scores_RV.data_ptr() == logits_RV.data_ptr():  # float32 already, and the caller's own
+        scores_RV = scores_RV.clone()
     sampled: list[int] = []
     for at, chooser in enumerate(choosers):
         if chooser.plain:
@@ -96,20 +102,29 @@ def _uniform(choosers: Sequence[Chooser], device: torch.device) -> Tensor:
     )
 
 
-def _pick(shares_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """Index [R] at which the running sum of shares passes each row's number."""
-    running_RV = shares_RV.to(uniform_R.dtype).cumsum(-1)
-    wanted_R1 = (uniform_R * running_RV[:, -1]).unsqueeze(1)
-    found = torch.searchsorted(running_RV, wanted_R1, right=True).squeeze(1)
-    # a share of zero at the end is never passed; rounding of the product may still point behind the last one
-    last = (shares_RV > 0).to(torch.int32).mul(torch.arange(1, shares_RV.shape[1] + 1, device=found.device))
-    return torch.minimum(found, last.amax(-1) - 1).clamp_min(0)
+def _pick(shares_RV: Tensor, mass_R: Tensor) -> Tensor:
+    """Index [R] at which the running sum of shares passes each row's mass; never one whose share is zero."""
+    running_RV = shares_RV.to(mass_R.dtype).cumsum(-1)
+    found = torch.searchsorted(running_RV, mass_R.unsqueeze(1), right=True).squeeze(1)
+    # rounding of the mass may point behind the last share that is not zero
+    places = torch.arange(1, shares_RV.shape[1] + 1, device=found.device)
+    last = ((shares_RV > 0) * places).amax(-1) - 1
+    return torch.minimum(found, last).clamp_min(0)
 
 
 def _draw_whole(scores_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """From the whole distribution."""
-    uniform = _uniform(choosers, scores_RV.device)
-    return [int(token) for token in _pick(scores_RV.softmax(-1), uniform).tolist()]
+    """From the whole distribution: first a block of words, then a word in it (running sums of 250,880 words in
+    float64 cost 100 ms for 16 answers, sums of blocks 10)."""
+    uniform_R = _uniform(choosers, scores_RV.device)
+    words = scores_RV.shape[1]
+    shares_RBW = F.pad(scores_RV.softmax(-1), (0, -words % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks_RB = shares_RBW.sum(-1, dtype=uniform_R.dtype)
+    mass_R = uniform_R * blocks_RB.sum(-1)
+    block_R = _pick(blocks_RB, mass_R)
+    rows = torch.arange(len(choosers), device=scores_RV.device)
+    below_R = (blocks_RB.cumsum(-1) - blocks_RB)[rows, block_R]
+    word_R = _pick(shares_RBW[rows, block_R], mass_R - below_R)
+    return [int(token) for token in (block_R * BLOCK + word_R).tolist()]
 
 
 def _draw_cut(scores_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
@@ -124,7 +139,8 @@ def _draw_cut(scores_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     tokens = [0] * len(choosers)
     short = []
     kept_RC = _kept(values_RC, total_R, top_k, settings)
-    picked = ids_RC.gather(1, _pick(kept_RC, uniform_R).unsqueeze(1)).squeeze(1).tolist()
+    place_R = _pick(kept_RC, uniform_R * kept_RC.sum(-1, dtype=uniform_R.dtype))
+    picked = ids_RC.gather(1, place_R.unsqueeze(1)).squeeze(1).tolist()
     enough = (kept_RC[:, -1] == 0).tolist()
     for at, token in enumerate(picked):
         tokens[at] = int(token)
@@ -133,7 +149,8 @@ def _draw_cut(scores_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     for at in short:  # a flat distribution
         values, ids = scores_RV[at].sort(descending=True)
         kept = _kept(values[None], total_R[at : at + 1], [top_k[at]], [settings[at]])
-        tokens[at] = int(ids[_pick(kept, uniform_R[at : at + 1])[0]])
+        mass = uniform_R[at : at + 1] * kept.sum(-1, dtype=uniform_R.dtype)
+        tokens[at] = int(ids[_pick(kept, mass)[0]])
     return tokens
 
 

@@ -19,6 +19,7 @@ from tuoling.kernels.attention import Unpackable
 from tuoling.kernels.decode import Chunk, DecodeStep, SlotCache
 from tuoling.kernels.install import PackedAttention
 from tuoling.kernels.interface import active_pack
+from tuoling.kernels.packed_linear import PackedLinears
 from tuoling.language import tr
 from tuoling.serve.lora_rows import LoraRows
 
@@ -69,9 +70,11 @@ class Stepper:
             raise Unbatchable(
                 tr("its forward gives logits of all tokens only", "它的 forward 只能给出全部 token 的 logits")
             )
+        self._linears: PackedLinears | None = None
         self._attention.replace()
         try:
             self._examine(slots)
+            self._linears = PackedLinears(base)
         except BaseException:
             self.close()
             raise
@@ -79,6 +82,8 @@ class Stepper:
     def close(self) -> None:
         """Leave the model as it was found."""
         self.cache.free()
+        if self._linears is not None:
+            self._linears.undo()
         self.adapters.remove()
         self._attention.restore()
 
