@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from tuoling.cli.chat import (
+    Adapters,
     Base,
     Device,
     Dtype,
+    Engine,
     LoraAlpha,
+    Merge,
     QuantizationBit,
     RemoteCode,
     Revision,
@@ -105,14 +108,9 @@ def command(
             "--log-prompts", help=tr("write questions and answers to the log", "把问题与回答写入日志")
         ),
     ] = False,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="NAME=PATH",
-            help=tr("one more adapter on the same base", "同一基座上的其他适配器"),
-        ),
-    ] = None,
+    adapter: Adapters = None,
+    merge: Merge = False,
+    engine: Engine = None,
     template: Template = None,
     base: Base = None,
     lora_alpha: LoraAlpha = None,
@@ -125,7 +123,14 @@ def command(
     from importlib.util import find_spec
 
     from tuoling import console, environment
-    from tuoling.errors import MissingPackage
+    from tuoling.errors import MissingPackage, UsageError
+
+    if engine == "vllm":
+        raise UsageError(
+            tr("vLLM brings its own server", "vLLM 自带服务器"),
+            where="--engine vllm",
+            remedy=f"vllm serve {run_or_model}",
+        )
 
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
@@ -138,7 +143,7 @@ def command(
         address, key_file or environment.config_dir() / "serve-keys.json", required=require_key, new=new_key
     )
     from tuoling.api import load
-    from tuoling.infer.open_torch import parse_adapters
+    from tuoling.infer.open_engine import parse_adapters
     from tuoling.serve.api import Service
     from tuoling.serve.guard import GuardSettings
     from tuoling.serve.requests import Limits, Reader
@@ -155,6 +160,8 @@ def command(
         quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
         adapters=parse_adapters(adapter or []),
+        merge=merge,
+        engine=engine,
     ) as model:
         backend = backend_of(model.engine, rows=max_running, waiting=max_waiting, memory_tokens=memory_tokens)
         main = model_name or Path(run_or_model).expanduser().resolve().name

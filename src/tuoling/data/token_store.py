@@ -63,6 +63,11 @@ class TokenStore:
         )
 
     @property
+    def paths(self) -> list[str]:
+        """Files and hub datasets that the rows were read from."""
+        return list(self._paths)
+
+    @property
     def learned_ends(self) -> np.ndarray:
         """int64 [N]: where the last learned span of each example ends."""
         return self._spans[self._span_offsets[1:] - 1, 1].astype(np.int64)

@@ -13,7 +13,7 @@ from typing import Any
 from tuoling.data.formats import Detector, get_format
 from tuoling.data.row import Row, RowError
 from tuoling.errors import DataError, TemplateError
-from tuoling.files import append_jsonl, read_jsonl, require_writable, sha256_text, write_json
+from tuoling.files import append_jsonl, cut_torn_line, read_jsonl, require_writable, sha256_text, write_json
 from tuoling.infer.engine import Engine, GenerationSettings, PromptTooLong
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Turn
@@ -99,18 +99,10 @@ class Partial:
         self.path = out.with_name(f".{out.name}.partial.jsonl")
         self.answers: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            self._mend()
+            cut_torn_line(self.path)
             self.answers = {row["key"]: row for _, row in read_jsonl(self.path)}
         require_writable(out.parent)
         self._file = self.path.open("a", encoding="utf-8")
-
-    def _mend(self) -> None:
-        """Cut off a torn last line, so that what is appended starts on a line of its own."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
 
     def add(self, key: str, predict: str, tokens: int) -> None:
         """Keep one answer."""

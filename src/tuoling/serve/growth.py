@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from typing import Any
 
@@ -12,7 +11,8 @@ from tuoling.serve.sampling import Chooser
 from tuoling.text.tokenizer import StreamDecoder
 
 _SEED_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of a request's choices: the same request gives the same choices, and they differ."""
+"""Between the seeds of a request's choices: the same request gives the same choices, and they differ. The first one
+is the engine's own answer."""
 
 
 class Answer:
@@ -28,7 +28,7 @@ class Answer:
         self.layers = engine.layers
         self.started_at = time.monotonic()
         self.spoiled = False
-        seed = random.getrandbits(63) if settings.seed is None else settings.seed + choice * _SEED_STEP
+        seed = None if settings.seed is None else (settings.seed + choice * _SEED_STEP) % 2**63
         self.chooser = Chooser(settings, engine.end_ids, seed, job.order.logprobs)
         self.need_tokens = prompt_tokens + settings.max_new_tokens
         self._engine = engine

@@ -1,8 +1,11 @@
-"""The next token of many answers at once, each by its own settings and its own seed."""
+"""The next token of many answers at once, each by its own settings and its own seed.
+
+A seed gives the tokens that `infer.sampling` gives it: the same numbers, laid against the same running sums in the
+order of the vocabulary.
+"""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
 from tuoling.infer.engine import GenerationSettings
-from tuoling.infer.torch_engine import _reply_processors
+from tuoling.infer.sampling import generator, reply_processors
 from tuoling.serve.jobs import TokenLog
 
 CANDIDATES = 256
@@ -28,13 +31,13 @@ class Chooser:
 
     settings: GenerationSettings
     end_ids: Collection[int]
-    seed: int
+    seed: int | None
     logprobs: int | None = None
     ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
-        self._processors: LogitsProcessorList = _reply_processors(self.settings, 0)
+        self._generator = generator(self.seed)
+        self._processors: LogitsProcessorList = reply_processors(self.settings, 0)
 
     @property
     def plain(self) -> bool:
@@ -58,7 +61,7 @@ class Chooser:
 
     def draw(self) -> float:
         """A number from [0, 1), one a token: what others draw does not move it."""
-        return self._random.random()
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
 def choose(logits_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
@@ -139,19 +142,24 @@ def _draw_cut(scores_RV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     tokens = [0] * len(choosers)
     short = []
     kept_RC = _kept(values_RC, total_R, top_k, settings)
-    place_R = _pick(kept_RC, uniform_R * kept_RC.sum(-1, dtype=uniform_R.dtype))
-    picked = ids_RC.gather(1, place_R.unsqueeze(1)).squeeze(1).tolist()
     enough = (kept_RC[:, -1] == 0).tolist()
-    for at, token in enumerate(picked):
-        tokens[at] = int(token)
+    for at, token in enumerate(_pick_in_order(kept_RC, ids_RC, uniform_R)):
+        tokens[at] = token
         if some < words and not enough[at] and top_k[at] > some:
             short.append(at)
     for at in short:  # a flat distribution
         values, ids = scores_RV[at].sort(descending=True)
         kept = _kept(values[None], total_R[at : at + 1], [top_k[at]], [settings[at]])
-        mass = uniform_R[at : at + 1] * kept.sum(-1, dtype=uniform_R.dtype)
-        tokens[at] = int(ids[_pick(kept, mass)[0]])
+        tokens[at] = _pick_in_order(kept, ids[None], uniform_R[at : at + 1])[0]
     return tokens
+
+
+def _pick_in_order(shares_RC: Tensor, ids_RC: Tensor, uniform_R: Tensor) -> list[int]:
+    """Token ids drawn from candidates in any order."""
+    ids_RC, order_RC = ids_RC.sort(-1)
+    shares_RC = shares_RC.gather(1, order_RC)
+    place_R = _pick(shares_RC, uniform_R * shares_RC.sum(-1, dtype=uniform_R.dtype))
+    return [int(token) for token in ids_RC.gather(1, place_R.unsqueeze(1)).squeeze(1).tolist()]
 
 
 def _kept(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tuoling import files
 from tuoling.errors import OutputError
 from tuoling.language import tr
+from tuoling.models.licence import to_json
 
 if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
@@ -66,6 +67,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "family": setup.source.family.name,
             "licence": setup.source.family.licence,
         },
+        "lineage": to_json(setup.plan.lineage),
         "template": {
             "id": setup.template.id,
             "why": setup.template_reason,
