@@ -148,7 +148,8 @@ class Batcher:
             self._deadline = min(self._deadline, time.monotonic() + drain_s)
             self._wake.notify()
         self._thread.join()
-        self.stepper.close()
+        with self._wake:  # two may close at once: the signal's thread and the server's end
+            self.stepper.close()
 
     def _free_rows(self) -> int:
         joining = 0 if self._joining is None else len(self._joining.ask.choices)

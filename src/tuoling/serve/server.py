@@ -145,8 +145,8 @@ class GracefulServer(uvicorn.Server):
         closing.start()
 
 
-def run(service: Service, guard: GuardSettings, listening: socket.socket, *, drain_s: float = 30.0) -> None:
-    """Serve until SIGINT or SIGTERM; returns when the last answer is sent."""
+def make_server(service: Service, guard: GuardSettings, *, drain_s: float = 30.0) -> GracefulServer:
+    """The server, not yet running. Its `handle_exit` ends it from another thread too."""
     config = uvicorn.Config(
         make_app(service, guard),
         log_config=None,
@@ -156,7 +156,12 @@ def run(service: Service, guard: GuardSettings, listening: socket.socket, *, dra
         timeout_graceful_shutdown=int(drain_s) + 10,
         h11_max_incomplete_event_size=64 << 10,
     )
-    server = GracefulServer(service, config, drain_s)
+    return GracefulServer(service, config, drain_s)
+
+
+def run(service: Service, guard: GuardSettings, listening: socket.socket, *, drain_s: float = 30.0) -> None:
+    """Serve until SIGINT or SIGTERM; returns when the last answer is sent."""
+    server = make_server(service, guard, drain_s=drain_s)
     with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises the signal once more when it is done
         server.run(sockets=[listening])
     service.backend.close(0.0)
