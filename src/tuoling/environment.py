@@ -40,6 +40,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuoling"
 
 
+def config_dir() -> Path:
+    """Where settings that cannot be made again are kept: `XDG_CONFIG_HOME`, else ~/.config."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tuoling"
+
+
 def hub_endpoint() -> str | None:
     """The Hugging Face mirror the user set (`HF_ENDPOINT`), without a trailing slash."""
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
