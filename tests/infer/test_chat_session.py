@@ -10,14 +10,14 @@ from threading import Event
 
 import pytest
 
-from tuoling.infer.engine import GenerationSettings, Piece, Reply, Score
+from tuoling.infer.engine import GenerationSettings, OneModel, Piece, Reply, Score
 from tuoling.infer.session import ChatSession
 from tuoling.infer.terminal import Terminal, pipe_reader
 from tuoling.text.conversation import Conversation
 from tuoling.text.templates import get_template
 
 
-class ParrotEngine:
+class ParrotEngine(OneModel):
     """Streams "<number of turns>:<question>" letter by letter. A turn is ten tokens."""
 
     name = "parrot"

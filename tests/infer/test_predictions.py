@@ -12,7 +12,7 @@ import pytest
 from tuoling.data.read import read_rows
 from tuoling.data.sources import resolve_sources
 from tuoling.errors import DataError
-from tuoling.infer.engine import GenerationSettings, Piece, PromptTooLong, Reply, Score
+from tuoling.infer.engine import GenerationSettings, OneModel, Piece, PromptTooLong, Reply, Score
 from tuoling.infer.predict import PredictReport, predict_file, question_of_record
 from tuoling.text.conversation import Conversation, Turn
 from tuoling.text.templates import get_template
@@ -20,7 +20,7 @@ from tuoling.text.templates import get_template
 SETTINGS = GenerationSettings(max_new_tokens=8)
 
 
-class EchoEngine:
+class EchoEngine(OneModel):
     """Answers a question with itself, backwards. Counts characters as tokens, and its calls."""
 
     name = "echo"

@@ -9,7 +9,15 @@ from threading import Event, Lock
 import numpy as np
 
 from tuoling.errors import UsageError
-from tuoling.infer.engine import GenerationSettings, Piece, PromptTooLong, Reply, Score, TemplatePrompts
+from tuoling.infer.engine import (
+    GenerationSettings,
+    OneModel,
+    Piece,
+    PromptTooLong,
+    Reply,
+    Score,
+    TemplatePrompts,
+)
 from tuoling.infer.llamacpp import LlamaModel, Sampler
 from tuoling.infer.llamacpp_tokenizer import GgufTokenizer
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
@@ -22,7 +30,7 @@ _SEEDS = 0xFFFFFFFF
 """llama.cpp's seeds have 32 bits, and the last of them means any."""
 
 
-class LlamaCppEngine(TemplatePrompts):
+class LlamaCppEngine(TemplatePrompts, OneModel):
     """Implements `Engine` with llama.cpp. One answer at a time; others wait for it."""
 
     name = "llama.cpp"

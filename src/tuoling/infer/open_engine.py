@@ -5,93 +5,69 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypedDict, Unpack
 
 from tuoling import console, environment
 from tuoling.errors import ModelError
 from tuoling.families import FAMILIES
-from tuoling.files import read_json, sha256_text
+from tuoling.files import sha256_text
 from tuoling.infer import gguf_keys
-from tuoling.infer.engine import Engine, GenerationSettings, settings_from_config
+from tuoling.infer.engine import Engine, settings_from_config
 from tuoling.language import tr
-from tuoling.models.quantization import chosen as chosen_quantization
-from tuoling.models.source import ModelSource, find_model, has_weights
+from tuoling.models.source import has_weights
 from tuoling.text.templates import choose_template
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
+class EngineOptions(TypedDict, total=False):
+    """What `open_engine` and `tuoling.load` take besides the path; each may be left out.
 
-def open_engine(
-    path_or_id: str,
-    *,
-    template: str | None = None,
-    base: str | None = None,
-    lora_alpha: float | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    allow_remote_code: bool = False,
-    quantization_bit: int | None = None,
-) -> Engine:
-    """Find, load and wrap a run, adapter, model folder or hub id.
-
-    template: overrides the one the weights were tuned with (a warning says so where they differ).
-    base:     overrides where an adapter's base lies. lora_alpha: of an adapter whose files do not say it.
+    template:   another one than the weights were tuned with (a warning says so).
+    base:       where an adapter's base lies now. lora_alpha: of an adapter whose files do not say it.
+    revision:   of a hub id.
+    dtype:      auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
     quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
+    allow_remote_code: run Python code from the model folder.
+    adapters:   more adapters on the same base, by name: `engine.using(name)`.
+    merge:      the adapter goes into the weights: faster, and the base alone cannot be asked any more.
     """
+
+    template: str | None
+    base: str | None
+    lora_alpha: float | None
+    revision: str | None
+    dtype: str
+    device: str
+    quantization_bit: int | None
+    allow_remote_code: bool
+    adapters: Mapping[str, str] | None
+    merge: bool
+
+
+def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
+    """Find, load and wrap a run, adapter, model folder, GGUF file or hub id. Raises ModelError, TemplateError."""
+    unknown = options.keys() - EngineOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"open_engine has no option {', '.join(sorted(unknown))}")
     file = gguf_file(path_or_id)
-    if file is not None:
-        if base is not None or quantization_bit is not None:
-            console.warn(tr("a GGUF file has its base and bits in it", "GGUF 文件自带基座与位数，该选项无效"))
-        return open_gguf(file, template=template, dtype=dtype, device=device)
-    source = find_model(path_or_id, revision=revision, base=base, lora_alpha=lora_alpha)
-    from tuoling.infer.torch_engine import TorchEngine
-    from tuoling.models.load import load_model, load_tokenizer
+    if file is None:
+        from tuoling.infer.open_torch import open_torch
 
-    tokenizer = load_tokenizer(source, for_training=False)
-    chosen, reason = choose_template(
-        requested=template,
-        saved=source.template,
-        tokenizer=tokenizer,
-        family_default=source.family.template,
+        return open_torch(path_or_id, options)
+    fixed = [name for name in ("base", "quantization_bit", "adapters", "merge") if options.get(name)]
+    if fixed:
+        names = ", ".join(fixed)
+        console.warn(
+            tr(
+                f"a GGUF file has its base, adapter and bits in it: {names} without effect",
+                f"GGUF 文件自带基座、适配器与位数，以下选项无效：{names}",
+            )
+        )
+    return open_gguf(
+        file,
+        template=options.get("template"),
+        dtype=options.get("dtype", "auto"),
+        device=options.get("device", "auto"),
     )
-    changed = bool(template and source.template and template != source.template)
-    (console.warn if changed else console.note)(reason)
-    quantization = chosen_quantization(quantization_bit, source.quantization)
-    if quantization:
-        console.note(tr(f"base weights in {quantization}", f"基座权重为 {quantization}"))
-    model = load_model(
-        source,
-        dtype=dtype,
-        device=device,
-        for_training=False,
-        allow_remote_code=allow_remote_code,
-        quantization=quantization,
-    )
-    defaults, end_ids = _generation_config(source)
-    return TorchEngine(
-        model,
-        tokenizer,
-        chosen,
-        defaults=defaults,
-        stops=() if changed else source.stops,
-        end_ids=end_ids,
-        system=source.system,
-        fingerprint=sha256_text(f"{source.fingerprint()}\n{chosen.fingerprint()}\n{dtype}{quantization}"),
-    )
-
-
-def _generation_config(source: ModelSource) -> tuple[GenerationSettings, Iterable[int]]:
-    """Settings and end tokens from the nearest generation_config.json: the adapter's, else the base's."""
-    for folder in (source.path, source.run_folder, source.weights_path):
-        file = folder / "generation_config.json"
-        if file.is_file():
-            config = read_json(file)
-            ends = config.get("eos_token_id")
-            ends = ends if isinstance(ends, list) else [ends]
-            return settings_from_config(config), [end for end in ends if isinstance(end, int)]
-    return GenerationSettings(), []
 
 
 def gguf_file(path: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -28,9 +29,11 @@ from tuoling.infer.engine import (
     Reply,
     Score,
     TemplatePrompts,
+    unknown_adapter,
 )
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
 from tuoling.language import tr
+from tuoling.models.adapter_switch import AdapterSwitch
 from tuoling.text.conversation import IGNORE_INDEX, Conversation
 from tuoling.text.templates import Template
 from tuoling.text.tokenizer import StreamDecoder, TextTokenizer
@@ -57,12 +60,27 @@ class TorchEngine(TemplatePrompts):
         end_ids: Iterable[int] = (),
         system: str | None = None,
         fingerprint: str = "",
+        adapter: str | None = None,
+        layers: str | None = None,
+        beside: TorchEngine | None = None,
     ) -> None:
-        """stops, end_ids: what ends a reply besides the template's stops and the tokenizer's end token."""
+        """stops, end_ids: what ends a reply besides the template's stops and the tokenizer's end token.
+
+        adapter: its name for `using`; None for a model without adapters. layers: PEFT's name of its layers; None: the
+        bare base answers. beside: an engine on the same model, which knows this one by `adapter` from now on.
+        """
+        if beside is None:
+            # else transformers fills what our settings leave at its own defaults from the folder's file
+            for part in (model, _generating(model)):
+                part.generation_config = GenerationConfig()
         self.model = model.eval()
-        # else transformers fills what our settings leave at its own defaults from the folder's file
-        for part in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
-            part.generation_config = GenerationConfig()
+        self.adapter = adapter
+        self._layers = layers
+        self._family: dict[str, TorchEngine] = beside._family if beside else {}
+        self._switch: AdapterSwitch | None = beside._switch if beside else None
+        if adapter is not None:
+            self._family[adapter] = self
+            self._switch = self._switch or AdapterSwitch(model, layers)
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults or GenerationSettings()
@@ -77,14 +95,37 @@ class TorchEngine(TemplatePrompts):
         self._said_beams = False
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names for `using`, the one that was opened first in front."""
+        return tuple(self._family)
+
+    def using(self, adapter: str) -> TorchEngine:
+        """The engine of another adapter on the same weights."""
+        if adapter not in self._family:
+            raise unknown_adapter(adapter, self.adapters)
+        return self._family[adapter]
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """Within, forwards of this thread run with this engine's adapter; those of other threads with theirs."""
+        if self._switch is None:
+            yield
+            return
+        with self._switch.using(self._layers):
+            yield
+
+    @property
     def device(self) -> torch.device:
         """Where the prompt goes."""
         return self.model.get_input_embeddings().weight.device
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory, for all adapters on it."""
         on_cuda = self.device.type == "cuda"
-        self.model = None
+        for engine in (self, *self._family.values()):
+            engine.model = engine._switch = None
+        self._family.clear()
+        gc.collect()  # hooks and PEFT's wrappers refer to each other
         if on_cuda:
             torch.cuda.empty_cache()
 
@@ -174,8 +215,8 @@ class TorchEngine(TemplatePrompts):
             [[0] * n + [1] * len(p) for n, p in zip(width, prompts, strict=True)], device=device
         )
         stop = _StopStrings(self.tokenizer, (*self.stops, *settings.stop), longest, cancel)
-        with torch.inference_mode(), _seeded(settings, device):
-            out = self.model.generate(
+        with torch.inference_mode(), _seeded(settings, device), self.selected():
+            out = _generating(self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=self._config(settings, min(room, settings.max_new_tokens), pad),
@@ -239,7 +280,7 @@ class TorchEngine(TemplatePrompts):
             labels = [IGNORE_INDEX] * len(ids)
             for begin, end in spans:
                 labels[begin:end] = ids[begin:end]
-            with torch.inference_mode():
+            with torch.inference_mode(), self.selected():
                 logits = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
@@ -249,6 +290,13 @@ class TorchEngine(TemplatePrompts):
                 )
             scores.append(Score(float(nats), sum(label != IGNORE_INDEX for label in labels[1:])))
         return scores
+
+
+def _generating(model: Any) -> Any:
+    """The transformers model whose `generate` runs: PEFT's own swaps a method of it for as long as it generates, and
+    two answers at once would swap it for each other."""
+    plain = hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning
+    return model.get_base_model() if plain else model
 
 
 def _context_tokens(config: Any) -> int | None:
