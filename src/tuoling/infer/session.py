@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from threading import Event
 
@@ -27,15 +27,17 @@ class ChatSession:
         *,
         system: str | None = None,
         memory_tokens: int | None = None,
+        exchanges: Iterable[tuple[str, str]] = (),
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """memory_tokens: limit of prompt and answer; the model's own context by default. say: takes notes."""
+        """memory_tokens: limit of prompt and answer; the model's own context by default. exchanges: questions and
+        answers so far. say: takes notes."""
         self.engine = engine
         self.settings = settings
         self.system = system if system is not None else engine.system
         self._memory_tokens = memory_tokens
         self._say = say
-        self._exchanges: list[tuple[str, str]] = []
+        self._exchanges = list(exchanges)
         self._said_dropped = 0
 
     @property
@@ -75,12 +77,17 @@ class ChatSession:
             if "".join(parts):
                 self._exchanges.append((question, "".join(parts)))
 
-    def _budget(self) -> int:
-        """Tokens of a prompt that leave room for an answer."""
+    @property
+    def limit_tokens(self) -> int:
+        """The most that prompt and answer may have together."""
         limit = self._memory_tokens or self.engine.context_tokens or _CONTEXT_WITHOUT_LIMIT
         if self.engine.context_tokens is not None:
             limit = min(limit, self.engine.context_tokens)
-        return limit - min(self.settings.max_new_tokens, limit // 2)
+        return limit
+
+    def _budget(self) -> int:
+        """Tokens of a prompt that leave room for an answer."""
+        return self.limit_tokens - min(self.settings.max_new_tokens, self.limit_tokens // 2)
 
     def retry(self) -> str | None:
         """Take back the last exchange and return its question; None where there is none."""
