@@ -14,7 +14,7 @@ from tuoling.api import load
 from tuoling.errors import ModelError, UsageError
 from tuoling.files import sha256_file
 from tuoling.infer.engine import BASE, GenerationSettings
-from tuoling.infer.open_torch import parse_adapters
+from tuoling.infer.open_engine import parse_adapters
 from tuoling.infer.torch_engine import TorchEngine
 from tuoling.text.conversation import Conversation, Turn
 

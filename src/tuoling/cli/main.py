@@ -41,6 +41,7 @@ FIRST = (
     "train",
     "report",
     "predict",
+    "evaluate",
     "chat",
 )
 """The order of help: the way a user goes. Commands not named here follow by the alphabet."""

@@ -6,7 +6,7 @@ tokens is the engine's own affair.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from threading import Event
 from typing import Any, Literal, Protocol
@@ -239,7 +239,7 @@ class Engine(Protocol):
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Answer piece by piece: whole characters, nothing of a stop string. The last piece has the reply.
 
         A conversation that ends with an answer is gone on with. `cancel` stops within one token, and so does leaving

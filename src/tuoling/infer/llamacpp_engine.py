@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from threading import Event, Lock
 
 import numpy as np
@@ -93,7 +93,7 @@ class LlamaCppEngine(TemplatePrompts, OneModel):
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Answer piece by piece; what the context still holds of the talk is not computed again."""
         prompt = self.prompt_ids(conversation)
         self._require_room(len(prompt))

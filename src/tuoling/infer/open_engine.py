@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from tuoling import console, environment
-from tuoling.errors import ModelError
+from tuoling.errors import ModelError, UsageError
 from tuoling.families import FAMILIES
 from tuoling.files import sha256_text
 from tuoling.infer import gguf_keys
@@ -68,6 +68,25 @@ def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
         dtype=options.get("dtype", "auto"),
         device=options.get("device", "auto"),
     )
+
+
+def parse_adapters(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` or `PATH` (called by its folder's name) → {name: path}. Raises UsageError for a name given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or Path(word).exists():
+            name, path = Path(word).expanduser().resolve().name, word
+        if not name or not path or name in found:
+            raise UsageError(
+                tr(f"two adapters are called {name}", f"有两个适配器都叫 {name}")
+                if name in found
+                else tr(f"{word!r} is not NAME=PATH", f"{word!r} 不是 名字=路径"),
+                where="--adapter",
+                remedy="--adapter NAME=PATH",
+            )
+        found[name] = path
+    return found
 
 
 def gguf_file(path: str) -> Path | None:

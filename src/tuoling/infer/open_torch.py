@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,22 +181,3 @@ def _require_mergeable(
     else:
         return
     raise UsageError(problem, where="--merge", remedy=tr("leave --merge away", "请去掉 --merge"))
-
-
-def parse_adapters(words: Sequence[str]) -> dict[str, str]:
-    """`NAME=PATH` or `PATH` (called by its folder's name) → {name: path}. Raises UsageError for a name given twice."""
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        if not equals or Path(word).exists():
-            name, path = Path(word).expanduser().resolve().name, word
-        if not name or not path or name in found:
-            raise UsageError(
-                tr(f"two adapters are called {name}", f"有两个适配器都叫 {name}")
-                if name in found
-                else tr(f"{word!r} is not NAME=PATH", f"{word!r} 不是 名字=路径"),
-                where="--adapter",
-                remedy="--adapter NAME=PATH",
-            )
-        found[name] = path
-    return found

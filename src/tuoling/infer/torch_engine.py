@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from queue import SimpleQueue
-from threading import Event, Thread
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from tuoling import console
+from tuoling.infer.beams import BeamText, BeamWatch
 from tuoling.infer.engine import (
     GenerationSettings,
     Piece,
@@ -31,8 +22,9 @@ from tuoling.infer.engine import (
     TemplatePrompts,
     unknown_adapter,
 )
-from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
-from tuoling.language import tr
+from tuoling.infer.hooks import StopStrings, TokenStreamer, in_thread
+from tuoling.infer.sampling import Draws, reply_processors, seeded
+from tuoling.infer.stops import StopFilter, reply_of
 from tuoling.models.adapter_switch import AdapterSwitch
 from tuoling.text.conversation import IGNORE_INDEX, Conversation
 from tuoling.text.templates import Template
@@ -92,7 +84,6 @@ class TorchEngine(TemplatePrompts):
             token_id for token_id in (tokenizer.eos_id, *end_ids, *as_tokens) if token_id is not None
         }
         self.context_tokens = _context_tokens(model.config)
-        self._said_beams = False
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -142,59 +133,58 @@ class TorchEngine(TemplatePrompts):
         if not conversations:
             return []
         prompts = [self.prompt_ids(conversation) for conversation in conversations]
-        replies = self._run(prompts, settings, cancel=cancel or Event())
+        cancel = cancel or Event()
+        # transformers draws beams for the whole batch from one stream of numbers: one by one they do not depend on it
+        alone = settings.samples and settings.num_beams > 1
+        rows: list[list[int]] = []
+        for batch in [[prompt] for prompt in prompts] if alone else [prompts]:
+            rows += self._run(batch, settings, cancel=cancel)
+        beams = settings.num_beams
         return [
-            self._reply(ids, len(prompt), settings, cancel)
-            for ids, prompt in zip(replies, prompts, strict=True)
+            self._reply(rows[place * beams : (place + 1) * beams], prompt, settings, cancel)
+            for place, prompt in enumerate(prompts)
         ]
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
-        """Answer piece by piece. Beams are searched to the end first and come as one piece."""
-        if settings.num_beams > 1:
-            if not self._said_beams:
-                console.note(tr("beams: the answer comes whole", "束搜索：答案会一次性给出"))
-                self._said_beams = True
-            reply = self.generate([conversation], settings, cancel=cancel)[0]
-            yield Piece(reply.text, reply)
-            return
+    ) -> Generator[Piece]:
+        """Answer piece by piece. With beams the best running one is shown, and taken back where another overtakes it."""
         prompt = self.prompt_ids(conversation)
         self._require_room(len(prompt), settings)
-        yield from self._stream_tokens(prompt, settings, cancel or Event())
+        cancel = cancel or Event()
+        watch = self._beams if settings.num_beams > 1 else self._tokens
+        yield from watch(prompt, settings, cancel)
 
-    def _stream_tokens(
-        self, prompt: list[int], settings: GenerationSettings, cancel: Event
-    ) -> Iterator[Piece]:
-        """transformers runs in a thread of its own and hands tokens over; leaving the iterator stops it."""
-        inbox: SimpleQueue[int | Exception | None] = SimpleQueue()
-        finished: list[list[int]] = []
-
-        def work() -> None:
-            try:
-                finished.extend(self._run([prompt], settings, cancel=cancel, on_token=inbox.put))
-                inbox.put(None)
-            except Exception as error:
-                inbox.put(error)
-
-        worker = Thread(target=work, name="tuoling-generate", daemon=True)
-        worker.start()
+    def _tokens(self, prompt: list[int], settings: GenerationSettings, cancel: Event) -> Generator[Piece]:
         decoder = StreamDecoder(self.tokenizer)
         gate = StopFilter((*self.stops, *settings.stop))
         ended = False
-        try:
-            while (token := inbox.get()) is not None:
-                if isinstance(token, Exception):
-                    raise token
+        finished: list[list[int]] = []
+
+        def work(put: Callable[[Any], None]) -> None:
+            finished.extend(self._run([prompt], settings, cancel=cancel, on_token=put))
+
+        with closing(in_thread(work, cancel)) as tokens:
+            for token in tokens:
                 ended = ended or token in self.end_ids
                 text = "" if ended else gate.push(decoder.push(token))
                 if text:
                     yield Piece(text)
-            rest = gate.push(decoder.flush()) + gate.flush()
-            yield Piece(rest, self._reply(finished[0], len(prompt), settings, cancel))
-        finally:
-            cancel.set()
-            worker.join()
+        rest = gate.push(decoder.flush()) + gate.flush()
+        yield Piece(rest, self._reply(finished, prompt, settings, cancel))
+
+    def _beams(self, prompt: list[int], settings: GenerationSettings, cancel: Event) -> Generator[Piece]:
+        text = BeamText(self.tokenizer, (*self.stops, *settings.stop))
+        finished: list[list[int]] = []
+
+        def work(put: Callable[[Any], None]) -> None:
+            watch = BeamWatch(len(prompt), settings.num_beams, self.end_ids, put)
+            finished.extend(self._run([prompt], settings, cancel=cancel, watch=watch))
+
+        with closing(in_thread(work, cancel)) as frames:
+            for frame in frames:
+                yield text.show(frame)
+        yield text.last(self._reply(finished, prompt, settings, cancel))
 
     def _run(
         self,
@@ -203,8 +193,9 @@ class TorchEngine(TemplatePrompts):
         *,
         cancel: Event,
         on_token: Callable[[int], None] | None = None,
+        watch: BeamWatch | None = None,
     ) -> list[list[int]]:
-        """Generated ids per prompt, end tokens and padding still behind them."""
+        """Generated ids, `num_beams` rows a prompt, the best first; end tokens and padding still behind them."""
         longest = max(map(len, prompts))
         room = self._require_room(longest, settings)
         pad = self._pad_id()
@@ -214,21 +205,27 @@ class TorchEngine(TemplatePrompts):
         mask = torch.tensor(
             [[0] * n + [1] * len(p) for n, p in zip(width, prompts, strict=True)], device=device
         )
-        stop = _StopStrings(self.tokenizer, (*self.stops, *settings.stop), longest, cancel)
-        with torch.inference_mode(), _seeded(settings, device), self.selected():
+        stop = StopStrings(self.tokenizer, (*self.stops, *settings.stop), longest, cancel, watch)
+        processors = reply_processors(settings, longest)
+        if settings.samples and settings.num_beams == 1:
+            processors.append(Draws(settings, len(prompts)))
+        if watch is not None:
+            processors.append(watch)
+        with torch.inference_mode(), seeded(settings, device), self.selected():
             out = _generating(self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=self._config(settings, min(room, settings.max_new_tokens), pad),
-                logits_processor=_reply_processors(settings, longest),
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([stop]),
-                streamer=_TokenStreamer(on_token) if on_token else None,
+                streamer=TokenStreamer(on_token) if on_token else None,
             )
         return [row[longest:] for row in out.tolist()]
 
     def _config(self, settings: GenerationSettings, max_new_tokens: int, pad: int) -> GenerationConfig:
+        """Alone, tokens are drawn by `Draws`, and transformers takes the one that is left; beams it draws itself."""
         sampling: dict[str, Any] = {"do_sample": False}
-        if settings.samples:
+        if settings.samples and settings.num_beams > 1:
             sampling = {
                 "do_sample": True,
                 "temperature": settings.temperature,
@@ -239,6 +236,7 @@ class TorchEngine(TemplatePrompts):
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(settings.min_new_tokens, max_new_tokens) or None,
             num_beams=settings.num_beams,
+            num_return_sequences=settings.num_beams,
             eos_token_id=sorted(self.end_ids) or None,
             pad_token_id=pad,
             bos_token_id=self.tokenizer.bos_id,
@@ -262,11 +260,17 @@ class TorchEngine(TemplatePrompts):
         return min(self.end_ids, default=0)
 
     def _reply(
-        self, ids: list[int], prompt_tokens: int, settings: GenerationSettings, cancel: Event | None
+        self, rows: list[list[int]], prompt: list[int], settings: GenerationSettings, cancel: Event
     ) -> Reply:
-        stops = (*self.stops, *settings.stop)
-        cancelled = cancel is not None and cancel.is_set()
-        return reply_of(ids, prompt_tokens, self.tokenizer, self.end_ids, stops, cancelled=cancelled)
+        """The reply of one prompt's rows: the best beam's, with the texts of all."""
+        stops, cancelled = (*self.stops, *settings.stop), cancel.is_set()
+        replies = [
+            reply_of(ids, len(prompt), self.tokenizer, self.end_ids, stops, cancelled=cancelled)
+            for ids in rows
+        ]
+        if len(replies) == 1:
+            return replies[0]
+        return replace(replies[0], beams=tuple(reply.text for reply in replies))
 
     # -- likelihood --------------------------------------------------------------------------------------------
 
@@ -307,80 +311,3 @@ def _context_tokens(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-@contextmanager
-def _seeded(settings: GenerationSettings, device: torch.device) -> Iterator[None]:
-    """Draw from the settings' seed and leave the process's own random state as it was."""
-    if settings.seed is None or not settings.samples:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(settings.seed)
-        yield
-
-
-def _reply_processors(settings: GenerationSettings, prompt_tokens: int) -> LogitsProcessorList:
-    """The repetition knobs, blind to the prompt: a question's own words may be used in the answer."""
-    processors: list[LogitsProcessor] = []
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_tokens))
-    if settings.no_repeat_ngram_size:
-        processors.append(_NoRepeatInReply(settings.no_repeat_ngram_size, prompt_tokens))
-    return LogitsProcessorList(processors)
-
-
-class _NoRepeatInReply(NoRepeatNGramLogitsProcessor):
-    def __init__(self, ngram_size: int, prompt_tokens: int) -> None:
-        super().__init__(ngram_size)
-        self._prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return super().__call__(input_ids[:, self._prompt_tokens :], scores)
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends a row whose newest text holds a stop string; ends every row when cancelled.
-
-    It keeps nothing between steps, so that it is right for beams too, whose rows change places.
-    """
-
-    def __init__(
-        self, tokenizer: TextTokenizer, stops: Sequence[str], prompt_tokens: int, cancel: Event
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._prompt_tokens = prompt_tokens
-        self._cancel = cancel
-        # a token holds a byte at least; a few more for tokens that show nothing
-        self._tail = max((len(stop.encode()) for stop in stops), default=0) + 4
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        rows = input_ids.shape[0]
-        if self._cancel.is_set():
-            done = [True] * rows
-        elif not self._stops:
-            done = [False] * rows
-        else:
-            tails = input_ids[:, max(self._prompt_tokens, input_ids.shape[1] - self._tail) :].tolist()
-            done = [cut_at_stop(self._tokenizer.raw_decode(tail), self._stops) is not None for tail in tails]
-        return torch.tensor(done, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
-
-
-class _TokenStreamer(BaseStreamer):
-    """Hands every generated token on; transformers puts the prompt first."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.flatten().tolist():
-            self._on_token(token)
-
-    def end(self) -> None:
-        """The worker itself says when it is done."""

@@ -7,7 +7,6 @@ from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from threading import Event, Thread
-from time import monotonic
 
 from tuoling import console
 from tuoling.errors import TuolingError
@@ -114,11 +113,10 @@ class _Growing:
         self._worker.join()
 
     def _work(self) -> None:
-        begun = monotonic()
         try:
             with closing(self._session.ask(self._question, cancel=self._cancel)) as pieces:
                 for piece in pieces:
-                    self._take(piece, monotonic() - begun)
+                    self._take(piece)
         except TuolingError as error:
             self.now = replace(self.now, finish="error", note=str(error))
         except (
@@ -129,18 +127,18 @@ class _Growing:
         finally:
             self._ended.set()
 
-    def _take(self, piece: Piece, seconds: float) -> None:
+    def _take(self, piece: Piece) -> None:
         text = self.now.text[: len(self.now.text) - piece.back] + piece.text
         now = replace(self.now, text=text, beams=piece.beams[1:], note="\n".join(self._notes))
-        if (reply := piece.reply) is not None:
-            tokens = reply.completion_tokens
+        stats = self._session.stats
+        if piece.reply is not None and stats is not None:
             now = replace(
                 now,
-                finish=reply.finish_reason,
-                tokens=tokens,
-                context_tokens=reply.prompt_tokens + tokens,
-                tokens_per_s=tokens / max(seconds, 1e-6),
-                beams=reply.beams[1:],
+                finish=piece.reply.finish_reason,
+                tokens=stats.completion_tokens,
+                context_tokens=stats.context_tokens,
+                tokens_per_s=stats.tokens_per_s,
+                beams=piece.reply.beams[1:],
             )
         self.now = now
 

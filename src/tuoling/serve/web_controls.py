@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuoling.infer.engine import Engine, GenerationSettings
-from tuoling.infer.session import ChatSession
+from tuoling.infer.memory import prompt_budget
 from tuoling.serve.web_answer import WebModels, Wish
 from tuoling.serve.web_texts import PageTexts
 
@@ -61,7 +61,7 @@ class Controls:
 
 def limit_tokens(engine: Engine, memory_tokens: int | None = None) -> int:
     """Prompt and answer together: what the model can take, or what was asked for."""
-    return ChatSession(engine, engine.defaults, memory_tokens=memory_tokens).limit_tokens
+    return prompt_budget(memory_tokens, engine.context_tokens, engine.defaults.max_new_tokens)[1]
 
 
 def defaults(models: WebModels) -> dict[str, Any]:
