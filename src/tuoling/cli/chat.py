@@ -85,6 +85,14 @@ Merge = Annotated[
         help=tr("the adapter goes into the weights in memory: faster", "在内存中把适配器并入权重：更快"),
     ),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="torch|llama.cpp|vllm",
+        help=tr("instead of what the path decides", "代替由路径决定的引擎"),
+    ),
+]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help=tr("turns sampling on", "设置后开启采样"))
 ]
@@ -111,6 +119,7 @@ def command(
     base: Base = None,
     lora_alpha: LoraAlpha = None,
     max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
     do_sample: Sample = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -136,6 +145,15 @@ def command(
     ] = None,
     adapter: Adapters = None,
     merge: Merge = False,
+    engine: Engine = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL[#MODEL]",
+            help=tr("a running server that speaks OpenAI's API", "正在运行的 OpenAI 接口服务"),
+        ),
+    ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -151,6 +169,7 @@ def command(
 
     values = {
         "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
         "do_sample": do_sample,
         "temperature": temperature,
         "top_p": top_p,
@@ -173,6 +192,8 @@ def command(
         allow_remote_code=allow_remote_code,
         adapters=parse_adapters(adapter or []),
         merge=merge,
+        engine=engine,
+        endpoint=endpoint,
     ) as model:
         settings = model.settings(**values)
         session = ChatSession(

@@ -29,6 +29,9 @@ class EngineOptions(TypedDict, total=False):
     allow_remote_code: run Python code from the model folder.
     adapters:   more adapters on the same base, by name: `engine.using(name)`.
     merge:      the adapter goes into the weights: faster, and the base alone cannot be asked any more.
+    engine:     torch | llama.cpp | vllm; None: what lies at the path decides, and an endpoint means vllm.
+    endpoint:   `URL` or `URL#MODEL` of an OpenAI-speaking server; without one the engine vllm starts its own.
+    concurrency: requests to the endpoint at once.
     """
 
     template: str | None
@@ -41,6 +44,12 @@ class EngineOptions(TypedDict, total=False):
     allow_remote_code: bool
     adapters: Mapping[str, str] | None
     merge: bool
+    engine: str | None
+    endpoint: str | None
+    concurrency: int
+
+
+ENGINES = ("torch", "llama.cpp", "vllm")
 
 
 def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
@@ -48,7 +57,13 @@ def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
     unknown = options.keys() - EngineOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"open_engine has no option {', '.join(sorted(unknown))}")
+    engine = _engine_asked(options)
+    if engine == "vllm":
+        from tuoling.infer.open_vllm import open_vllm
+
+        return open_vllm(path_or_id, options)
     file = gguf_file(path_or_id)
+    _require_fits(engine, path_or_id, file)
     if file is None:
         from tuoling.infer.open_torch import open_torch
 
@@ -68,6 +83,40 @@ def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
         dtype=options.get("dtype", "auto"),
         device=options.get("device", "auto"),
     )
+
+
+def _engine_asked(options: EngineOptions) -> str | None:
+    """The engine's name; None: what lies at the path decides. Raises UsageError."""
+    engine, endpoint = options.get("engine"), options.get("endpoint")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(
+            tr(f"no engine is called {engine}", f"没有名为 {engine} 的引擎"),
+            where="--engine",
+            remedy=" | ".join(ENGINES),
+        )
+    if endpoint and engine not in (None, "vllm"):
+        raise UsageError(
+            tr(f"engine {engine} asks no server", f"引擎 {engine} 不使用服务器"),
+            where=f"--endpoint {endpoint}",
+            remedy=tr("leave one of the two away", "二者去掉其一"),
+        )
+    return "vllm" if endpoint else engine
+
+
+def _require_fits(engine: str | None, path: str, file: Path | None) -> None:
+    """Raise ModelError where the engine asked for cannot run what lies there."""
+    if engine == "torch" and file is not None:
+        raise ModelError(
+            tr("a GGUF file runs in llama.cpp, not in torch", "GGUF 文件由 llama.cpp 运行，不能用 torch"),
+            where=str(file),
+            remedy=f"tuoling convert {file} OUT --to hf",
+        )
+    if engine == "llama.cpp" and file is None:
+        raise ModelError(
+            tr("llama.cpp runs GGUF files; there is none", "llama.cpp 运行 GGUF 文件，这里没有"),
+            where=path,
+            remedy=f"tuoling convert {path} OUT.gguf --to gguf",
+        )
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, str]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuoling import console
 from tuoling.errors import ModelError, UsageError
-from tuoling.files import read_json, sha256_file, sha256_text
-from tuoling.infer.engine import BASE, GenerationSettings, settings_from_config
+from tuoling.files import sha256_file
+from tuoling.infer.engine import BASE
+from tuoling.infer.voice import adapter_name, template_of, voice_of
 from tuoling.language import tr
 from tuoling.models.quantization import Quantization
 from tuoling.models.quantization import chosen as chosen_quantization
 from tuoling.models.source import ModelSource, find_model, weight_files
-from tuoling.text.templates import Template, choose_template
 
 if TYPE_CHECKING:
     from tuoling.infer.open_engine import EngineOptions
     from tuoling.infer.torch_engine import TorchEngine
-    from tuoling.text.tokenizer import TextTokenizer
 
 
 def open_torch(path_or_id: str, options: EngineOptions) -> TorchEngine:
@@ -35,7 +34,7 @@ def open_torch(path_or_id: str, options: EngineOptions) -> TorchEngine:
     from tuoling.models.load import load_adapter, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(source, for_training=False)
-    template = _template(source, tokenizer, options)
+    template = template_of(source, tokenizer, options)
     if quantization:
         console.note(tr(f"base weights in {quantization}", f"基座权重为 {quantization}"))
     model: Any = load_model(
@@ -57,66 +56,19 @@ def open_torch(path_or_id: str, options: EngineOptions) -> TorchEngine:
         model,
         tokenizer,
         template,
-        **_voice(source, options, template, precision),
+        **voice_of(source, options, template, precision),
         adapter=(adapter_name(source) if opened else BASE) if opened or more else None,
         layers="default" if opened else None,
     )
     if opened:
-        voice = _voice(source, options, template, f"{precision} base")
+        voice = voice_of(source, options, template, f"{precision} base")
         TorchEngine(model, tokenizer, template, **voice, adapter=BASE, layers=None, beside=engine)
     for name, adapter in more.items():
         own = load_tokenizer(adapter, for_training=False)
-        template = _template(adapter, own, options)
-        voice = _voice(adapter, options, template, precision)
+        template = template_of(adapter, own, options)
+        voice = voice_of(adapter, options, template, precision)
         TorchEngine(model, own, template, **voice, adapter=name, layers=layers[name], beside=engine)
     return engine
-
-
-def adapter_name(source: ModelSource) -> str:
-    """What an adapter is called where several are loaded: its folder's name."""
-    return Path(source.name).expanduser().resolve().name or source.path.name
-
-
-def _template(source: ModelSource, tokenizer: TextTokenizer, options: EngineOptions) -> Template:
-    requested = options.get("template")
-    chosen, reason = choose_template(
-        requested=requested,
-        saved=source.template,
-        tokenizer=tokenizer,
-        family_default=source.family.template,
-    )
-    (console.warn if _changed(source, options) else console.note)(reason)
-    return chosen
-
-
-def _changed(source: ModelSource, options: EngineOptions) -> bool:
-    """Whether the user asked for another template than the weights were tuned with."""
-    requested = options.get("template")
-    return bool(requested and source.template and requested != source.template)
-
-
-def _voice(source: ModelSource, options: EngineOptions, template: Template, precision: str) -> dict[str, Any]:
-    """How one source answers: TorchEngine's keywords."""
-    defaults, end_ids = _generation_config(source)
-    return {
-        "defaults": defaults,
-        "stops": () if _changed(source, options) else source.stops,
-        "end_ids": end_ids,
-        "system": source.system,
-        "fingerprint": sha256_text(f"{source.fingerprint()}\n{template.fingerprint()}\n{precision}"),
-    }
-
-
-def _generation_config(source: ModelSource) -> tuple[GenerationSettings, Iterable[int]]:
-    """Settings and end tokens from the nearest generation_config.json: the adapter's, else the base's."""
-    for folder in (source.path, source.run_folder, source.weights_path):
-        file = folder / "generation_config.json"
-        if file.is_file():
-            config = read_json(file)
-            ends = config.get("eos_token_id")
-            ends = ends if isinstance(ends, list) else [ends]
-            return settings_from_config(config), [end for end in ends if isinstance(end, int)]
-    return GenerationSettings(), []
 
 
 # -- more adapters ---------------------------------------------------------------------------------------------
