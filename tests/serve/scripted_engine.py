@@ -71,13 +71,22 @@ class ScriptedEngine(OneModel):
                     break
                 said += character
                 self.tokens_made += 1
-                yield Piece(character)
-            yield Piece("", self._reply(said, prompt, reason))  # type: ignore[arg-type]
+                yield Piece(character, beams=self._beams(said, settings))
+            yield Piece("", self._reply(said, prompt, reason, self._beams(said, settings)))  # type: ignore[arg-type]
         finally:
             self.at_once -= 1
 
-    def _reply(self, said: str, prompt: int, reason: FinishReason) -> Reply:
-        return Reply(said, tuple(map(ord, said)), reason, prompt, len(said))
+    @staticmethod
+    def _beams(said: str, settings: GenerationSettings) -> tuple[str, ...]:
+        """The answer, and as its rivals the answer with a number behind it."""
+        if settings.num_beams == 1:
+            return ()
+        return tuple(
+            said + (str(number) if number > 1 else "") for number in range(1, settings.num_beams + 1)
+        )
+
+    def _reply(self, said: str, prompt: int, reason: FinishReason, beams: tuple[str, ...]) -> Reply:
+        return Reply(said, tuple(map(ord, said)), reason, prompt, len(said), beams)
 
     def generate(
         self, conversations: Sequence[Conversation], settings: GenerationSettings, **_: Any

@@ -78,7 +78,7 @@ def command(
 
     from tuoling import console, environment
     from tuoling.api import load
-    from tuoling.serve.web import address, choose_auth, listening_socket, require_gradio, serve_page, web_app
+    from tuoling.serve.web import address, choose_auth, listening_socket, page_server, require_gradio, web_app
     from tuoling.serve.web_models import named_adapters, web_models
 
     require_gradio()
@@ -108,4 +108,4 @@ def command(
             console.out.print(f"{key[0]}:{key[1]}")
         console.note(tr("Ctrl-C stops the page", "按 Ctrl-C 停止"))
         console.out.print(address(found))
-        serve_page(app, found)
+        page_server(app).run(sockets=[found])

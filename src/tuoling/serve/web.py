@@ -99,9 +99,10 @@ def address(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve_page(app: Any, found: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+def page_server(app: Any) -> Any:
+    """A uvicorn server for the page. `run(sockets=[...])` serves until Ctrl-C, SIGTERM or `should_exit`."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[found])
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    )

@@ -7,9 +7,8 @@ which answers are being made, so that Stop finds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
@@ -18,50 +17,18 @@ from tuoling.errors import TuolingError
 from tuoling.language import speaking, spoken, tr
 from tuoling.serve import web_controls, web_look
 from tuoling.serve.web_answer import Frame, WebModels, answer, context_used, summary
-from tuoling.serve.web_controls import KNOBS, Controls, idle_knobs, wish_of
+from tuoling.serve.web_controls import KNOBS, idle_knobs, wish_of
 from tuoling.serve.web_messages import from_markdown, messages
-from tuoling.serve.web_talk import Talk
+from tuoling.serve.web_parts import Changes, Parts, known, known_edit, known_now
+from tuoling.serve.web_talk import COLUMNS, Talk
 from tuoling.serve.web_texts import page_texts
 
-Changes = dict[Any, Any]
-"""Component → its new value or gr.update."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The components that events change."""
-
-    chats: list[Any]
-    box: Any
-    send: Any
-    stop: Any
-    retry: Any
-    undo: Any
-    clear: Any
-    save: Any
-    saved_rows: Any
-    status: Any
-    meter: Any
-    speak: Any
-    brand: Any
-    controls: Controls
-    talk: Any
-    settings: Any
-    language: Any
-
-    @property
-    def of_an_answer(self) -> list[Any]:
-        """What an answer changes while it grows."""
-        return [*self.chats, self.box, self.send, self.stop, self.status, self.meter, self.talk]
-
-    @property
-    def inputs(self) -> list[Any]:
-        """What events are given: the talk, the language, the panel's values."""
-        return [self.talk, self.language, *self.controls.inputs]
+KEEP_EVERY = 25
+"""Pictures between two copies of a growing answer in the browser: a second of it at most is lost by a reload."""
 
 
 class Events:
-    """What a person can do. Every method takes the talk, the language and the panel's values, in this order."""
+    """What a person can do. Methods take the page's name, the talk, the language and the panel's values, in this order."""
 
     def __init__(self, models: WebModels, parts: Parts) -> None:
         self._models = models
@@ -78,14 +45,14 @@ class Events:
         # people wait in our own line, which tells them how long it is; gradio's would hold one event at a time
         long: dict[str, Any] = {**quiet, "concurrency_limit": None}
         given, changed, knobs = parts.inputs, parts.of_an_answer, parts.controls.inputs
-        gr.on([parts.box.submit, parts.send.click], _known(self.ask), [parts.box, *given], changed, **long)
-        parts.retry.click(_known(self.retry), given, changed, **long)
+        gr.on([parts.box.submit, parts.send.click], known(self.ask), [parts.box, *given], changed, **long)
+        parts.retry.click(known(self.retry), given, changed, **long)
         for column, chat in enumerate(parts.chats):
-            chat.edit(_known_edit(self.edit, column), given, changed, **long)
-        parts.stop.click(_known_now(self.stop), None, None, **now)
-        page.unload(_known_now(self.stop))
-        parts.undo.click(self.undo, given, changed, **now)
-        parts.clear.click(self.clear, given, changed, **now)
+            chat.edit(known_edit(self.edit, column), given, changed, **long)
+        parts.stop.click(known_now(self.stop), None, None, **now)
+        page.unload(known_now(self.stop))
+        parts.undo.click(known_now(self.undo), given, changed, **now)
+        parts.clear.click(known_now(self.clear), given, changed, **now)
         parts.save.click(self.rows, given, parts.saved_rows, **now).then(
             None, parts.saved_rows, None, js=web_look.DOWNLOAD, **quiet
         )
@@ -93,14 +60,17 @@ class Events:
         for name in ("do_sample", "temperature", "num_beams"):
             parts.controls.knobs[name].change(self.grey, knobs, knobs, **now)
         for name in ("model", "other"):
-            parts.controls.knobs[name].change(self.show, given, changed, **now)
+            parts.controls.knobs[name].change(known_now(self.show), given, changed, **now)
         gr.on(
             [knob.change for knob in knobs], None, knobs, parts.settings, js=web_look.remember(KNOBS), **quiet
         )
-        spoken_parts = [*self._labelled(), *changed]
-        parts.speak.click(self.speak, given, [parts.language, *spoken_parts], **now)
+        spoken_parts = [parts.language, *self._labelled(), *changed]
+        said = {"fn": None, "inputs": parts.language, "outputs": None, **quiet}
+        parts.speak.click(known_now(self.speak), given, spoken_parts, **now).then(js=web_look.SPEAKS, **said)
         kept = [parts.talk, parts.language, parts.settings]
-        page.load(self.restore, kept, spoken_parts, **now).then(None, js=web_look.READY, **quiet)
+        page.load(self.restore, kept, spoken_parts, js=web_look.ARRIVE, **now).then(
+            js=web_look.SPEAKS, **said
+        ).then(None, js=web_look.READY, **quiet)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -132,6 +102,8 @@ class Events:
             yield self._show(now, language, values)
         elif where.is_question:
             yield from self._answer(session, now.before(where.exchange), text, language, values)
+        elif session in self._running:
+            yield self._wait(language)
         else:
             yield self._show(now.corrected(where.exchange, column, text), language, values)
 
@@ -146,7 +118,9 @@ class Events:
         """Everything an answer changes, from the moment it is asked for."""
         import gradio as gr
 
-        parts = self._parts
+        if session in self._running:
+            yield self._wait(language)
+            return
         try:
             with speaking(language):
                 wish = wish_of(values, self._models)
@@ -160,11 +134,9 @@ class Events:
                 for number, frame in enumerate(frames):
                     changes = self._frame(frame, language, len(wish.models), beams)
                     if number == 0:
-                        changes |= {
-                            parts.box: "",
-                            parts.send: gr.update(visible=False),
-                            parts.stop: gr.update(visible=True),
-                        }
+                        changes |= {self._parts.box: "", **self._buttons(language, answering=True)}
+                    if number % KEEP_EVERY == 0:
+                        changes[self._parts.talk] = frame.talk.to_json()
                     yield changes
         finally:
             cancel.set()
@@ -172,41 +144,65 @@ class Events:
                 del self._running[session]
 
     def _frame(self, frame: Frame, language: Language, columns: int, beams: bool) -> Changes:
-        import gradio as gr
-
         parts = self._parts
         with speaking(language):
             changes: Changes = {parts.status: web_look.status(frame.said, busy=not frame.done)}
-            for column in range(columns):
+            for column in range(COLUMNS if frame.done else columns):
                 if frame.answering in (None, column):
                     shown, _ = messages(frame.talk, column, answering=frame.answering, beams=beams)
                     changes[parts.chats[column]] = shown
-        if frame.answering is None:  # at the beginning too: a reload then finds the question
-            changes[parts.talk] = frame.talk.to_json()
         if frame.done:
             changes |= {
-                parts.send: gr.update(visible=True),
-                parts.stop: gr.update(visible=False),
+                **self._buttons(language, answering=False),
                 parts.meter: self._meter(frame.talk),
+                parts.talk: frame.talk.to_json(),
             }
         return changes
 
+    def _buttons(self, language: Language, *, answering: bool) -> Changes:
+        """What can be pressed: while an answer grows it can be stopped, and nothing else can happen to the talk."""
+        import gradio as gr
+
+        parts, texts = self._parts, page_texts(language)
+        return {
+            parts.send: gr.update(value=texts.send, visible=not answering),
+            parts.stop: gr.update(value=texts.stop, visible=answering),
+            **{
+                button: gr.update(value=getattr(texts, name), interactive=not answering)
+                for name, button in parts.others.items()
+            },
+        }
+
+    def _wait(self, language: Language) -> Changes:
+        """Something was asked for while an answer grows."""
+        import gradio as gr
+
+        with speaking(language):
+            gr.Info(tr("an answer is being made: stop it first", "正在回答，请先停止"))
+        return self._buttons(language, answering=True)
+
     # -- the talk ------------------------------------------------------------------------------------------------
 
-    def undo(self, talk: Any, language: Language, *values: Any) -> Changes:
+    def undo(self, session: str, talk: Any, language: Language, *values: Any) -> Changes:
         """Take back the last exchange; its question goes back into the box."""
+        if session in self._running:
+            return self._wait(language)
         before, question = Talk.from_json(talk).taken_back()
         changes = self._show(before, language, values)
         if question is not None:
             changes[self._parts.box] = question
         return changes
 
-    def clear(self, talk: Any, language: Language, *values: Any) -> Changes:
+    def clear(self, session: str, talk: Any, language: Language, *values: Any) -> Changes:
         """Forget the talk; the settings stay."""
+        if session in self._running:
+            return self._wait(language)
         return self._show(Talk(), language, values)
 
-    def show(self, talk: Any, language: Language, *values: Any) -> Changes:
-        """The talk as it is, after another model was chosen."""
+    def show(self, session: str, talk: Any, language: Language, *values: Any) -> Changes:
+        """The talk as it is, after another model was chosen. An answer that grows meanwhile stays its columns' own."""
+        if session in self._running:
+            return self._columns(language, values)
         return self._show(Talk.from_json(talk), language, values)
 
     def rows(self, talk: Any, language: Language, *values: Any) -> str:
@@ -221,25 +217,33 @@ class Events:
 
     def _show(self, talk: Talk, language: Language, values: Sequence[Any]) -> Changes:
         """A talk that nobody is answering just now."""
+        parts = self._parts
+        changes = self._columns(language, values)
+        with speaking(language):
+            for column, chat in enumerate(parts.chats):
+                changes[chat]["value"] = messages(talk, column)[0]
+            return {
+                **changes,
+                **self._buttons(language, answering=False),
+                parts.talk: talk.to_json(),
+                parts.status: web_look.status(summary(talk)),
+                parts.meter: self._meter(talk),
+            }
+
+    def _columns(self, language: Language, values: Sequence[Any]) -> Changes:
+        """Which chat boxes are seen, and their headings."""
         import gradio as gr
 
-        parts = self._parts
         given = dict(zip(KNOBS, values, strict=True))
         columns = 2 if given["other"] and given["other"] != given["model"] else 1
-        with speaking(language):
-            changes: Changes = {parts.talk: talk.to_json(), parts.status: web_look.status(summary(talk))}
-            for column, chat in enumerate(parts.chats):
-                name = given["other"] if column else given["model"]
-                changes[chat] = gr.update(
-                    value=messages(talk, column)[0],
-                    visible=column < columns,
-                    label=name,
-                    show_label=columns > 1,
-                )
-        return changes | {
-            parts.meter: self._meter(talk),
-            parts.send: gr.update(visible=True),
-            parts.stop: gr.update(visible=False),
+        return {
+            chat: gr.update(
+                visible=column < columns,
+                label=given["other"] if column else given["model"],
+                show_label=columns > 1,
+                placeholder=page_texts(language).placeholder,
+            )
+            for column, chat in enumerate(self._parts.chats)
         }
 
     def _meter(self, talk: Talk) -> str:
@@ -260,14 +264,15 @@ class Events:
         idle = idle_knobs(dict(zip(KNOBS, values, strict=True)))
         return [gr.update(interactive=name not in idle) for name in KNOBS]
 
-    def speak(self, talk: Any, language: Language, *values: Any) -> Changes:
-        """The other language."""
+    def speak(self, session: str, talk: Any, language: Language, *values: Any) -> Changes:
+        """The other language. An answer that grows meanwhile ends in the one it began in."""
+        if session in self._running:
+            return self._wait(language)
         other: Language = "en" if language == "zh" else "zh"
-        changes = self._labels(other) | self._show(Talk.from_json(talk), other, values)
-        return {**changes, self._parts.language: other}
+        return self._labels(other) | self._show(Talk.from_json(talk), other, values)
 
     def restore(self, talk: Any, language: Any, settings: Any) -> Changes:
-        """The page as it was when it was left."""
+        """The page as it was when it was left; on the first visit, in the browser's language."""
         import gradio as gr
 
         language = language if language in ("zh", "en") else "en"
@@ -287,17 +292,14 @@ class Events:
     def _labelled(self) -> list[Any]:
         """Components with words on them, besides those an answer changes."""
         parts = self._parts
-        buttons = [parts.retry, parts.undo, parts.clear, parts.save, parts.speak, parts.controls.reset]
-        return [*buttons, *parts.controls.inputs]
+        return [parts.save, parts.speak, parts.controls.reset, *parts.controls.inputs]
 
     def _labels(self, language: Language) -> Changes:
         import gradio as gr
 
         parts, texts = self._parts, page_texts(language)
         changes: Changes = {
-            parts.retry: texts.retry,
-            parts.undo: texts.undo,
-            parts.clear: texts.clear,
+            parts.language: language,
             parts.save: texts.save,
             parts.speak: texts.language,
             parts.controls.reset: texts.reset,
@@ -307,37 +309,3 @@ class Events:
             label, info = texts.knobs[name]
             changes[knob] = gr.update(label=label, info=info or None)
         return changes
-
-
-def _known(handle: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The event with gradio's name of the page that sent it. (gradio looks for its own types in annotations.)"""
-    import gradio as gr
-
-    def event(request, *values):  # type: ignore[no-untyped-def]
-        yield from handle(request.session_hash or "", *values)
-
-    event.__annotations__ = {"request": gr.Request}
-    return event
-
-
-def _known_edit(handle: Callable[..., Iterator[Any]], column: int) -> Callable[..., Iterator[Any]]:
-    """As `_known`, with what was edited."""
-    import gradio as gr
-
-    def event(request, data, *values):  # type: ignore[no-untyped-def]
-        number = data.index if isinstance(data.index, int) else data.index[0]
-        yield from handle(request.session_hash or "", (column, number, str(data.value)), *values)
-
-    event.__annotations__ = {"request": gr.Request, "data": gr.EditData}
-    return event
-
-
-def _known_now(handle: Callable[[str], None]) -> Callable[..., None]:
-    """As `_known`, for what is done at once."""
-    import gradio as gr
-
-    def event(request):  # type: ignore[no-untyped-def]
-        handle(request.session_hash or "")
-
-    event.__annotations__ = {"request": gr.Request}
-    return event

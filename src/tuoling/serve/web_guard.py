@@ -79,6 +79,8 @@ class Guard:
                 "user and password, please",
                 {"WWW-Authenticate": 'Basic realm="tuoling", charset="UTF-8"'},
             )
+        if scope["method"] == "POST" and headers.get("sec-fetch-site") in (b"cross-site", b"same-site"):
+            return 403, "this page answers only to itself", {}
         if not NEEDED.fullmatch(scope["path"]):
             return 404, "not here", {}
         if int(headers.get("content-length", b"0") or 0) > BODY_LIMIT_BYTES:

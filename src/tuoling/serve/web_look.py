@@ -30,6 +30,15 @@ TOGGLE_DARK = """() => {
   localStorage.setItem('tuoling-dark', dark ? '1' : '0');
 }"""
 
+ARRIVE = """(talk, language, settings) => {
+  const own = (navigator.language || '').toLowerCase().startsWith('zh') ? 'zh' : 'en';
+  return [talk, language === 'zh' || language === 'en' ? language : own, settings];
+}"""
+"""On the first visit the page speaks the browser's language: a server's locale says nothing about its readers."""
+
+SPEAKS = "(language) => { document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en'; }"
+"""Told to the browser as well: fonts draw Chinese characters the Chinese way, and screen readers read them so."""
+
 READY = "() => document.documentElement.classList.add('ready')"
 """The page has become what it was when it was left: what is done from now on stays."""
 

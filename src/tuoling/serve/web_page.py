@@ -10,7 +10,8 @@ from tuoling.files import sha256_text
 from tuoling.serve import web_look
 from tuoling.serve.web_answer import WebModels
 from tuoling.serve.web_controls import build_panel
-from tuoling.serve.web_events import Events, Parts
+from tuoling.serve.web_events import Events
+from tuoling.serve.web_parts import Parts
 from tuoling.serve.web_talk import COLUMNS
 from tuoling.serve.web_texts import page_texts
 
@@ -81,7 +82,7 @@ def _lay_out(models: WebModels, language: Language, title: str) -> Parts:
         controls=controls,
         talk=gr.BrowserState([], storage_key=f"tuoling-talk-{mark}", secret="tuoling"),
         settings=gr.BrowserState({}, storage_key=f"tuoling-settings-{mark}", secret="tuoling"),
-        language=gr.BrowserState(language, storage_key="tuoling-language", secret="tuoling"),
+        language=gr.BrowserState("", storage_key="tuoling-language", secret="tuoling"),
     )
 
 
