@@ -103,6 +103,11 @@ def _errors_to_stderr(record: logging.LogRecord) -> bool:
     return False
 
 
+def prepare_gradio() -> None:
+    """Before it is imported: it sends no usage statistics."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+
 GPTQMODEL = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
 """Before gptqmodel is imported. On 2 cores its pool of one thread refuses its own loader, which wants two. Its packing
 in C++ is compiled at first use, a minute or more, and saves less than that on models that fit a small machine."""
