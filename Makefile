@@ -1,5 +1,6 @@
 # make quickstart   install, then watch a model learn Chinese instructions (offline, CPU, two minutes)
-# make test         install, then run every test
+# make test         install, then run the tests
+# make test-long    the exhaustive ones: every engine, every width, every kill
 # make check        format, lint, types, floors and the fast tests
 # make docs         write again what is generated: docs/cli.md, docs/config.md, docs/families.md
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 QUICKSTART ?= quickstart
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
-.PHONY: quickstart test check format docs clean
+.PHONY: quickstart test test-long check format docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,11 +45,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-gptq
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-long: $(VENV)/.installed-gptq
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix src tests benchmarks

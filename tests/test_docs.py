@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -149,3 +151,21 @@ def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", text_of(name)):
         if "images/" not in target:  # pictures are made by the programs that the READMEs name
             assert (folder / target).exists(), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_speeds_told_are_the_ones_measured(name: str) -> None:
+    shapes = json.loads((ROOT / "benchmarks" / "train.json").read_text(encoding="utf-8"))
+    measured = {}
+    for shape in shapes:
+        figures = {
+            engine: (median(kept["tokens_per_s"]), median(kept["peak_gib"]))
+            for engine, kept in shape["engines"].items()
+        }
+        (speed, peak), rival = figures.pop("tuoling"), max(figures.values())
+        cells = (f"{speed:.0f} · {peak:.2f}", f"{rival[0]:.0f} · {rival[1]:.2f}", f"{speed / rival[0]:.1f}")
+        measured[shape["shape"]] = (*cells, f"1/{rival[1] / peak:.1f}")
+    told = text_of(name).split("<!-- train -->")[1].split("<!-- /train -->")[0].strip().splitlines()[2:]
+    rows = [tuple(cell.strip(" 倍×") for cell in line.split("|")[2:-1]) for line in told]
+    order = ("bloom-6x512", "bloom-560m", "llama-8x512", "bloom-6x512-full", "llama-8x512-full")
+    assert rows == [measured[shape] for shape in order]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.real_tokenizers import load
 
 from tuoling.data import batches
-from tuoling.data.batches import PackedOrder, best_fit, largest_micro_batch, lay, split_over_ranks
+from tuoling.data.batches import PackedOrder, best_fit, largest_micro_batch_tokens, lay, split_over_ranks
 from tuoling.data.source import Source
 from tuoling.data.store import StoreSettings, compile_store
 from tuoling.text.templates import get_template
@@ -53,7 +53,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(
 ) -> None:
     laid = lay(lengths, rows_at_once=rows_at_once, max_tokens=max_tokens)
     assert sorted(position for part in laid for position in part) == list(range(len(lengths)))
-    most = largest_micro_batch(lengths, rows_at_once=rows_at_once, max_tokens=max_tokens)
+    most = largest_micro_batch_tokens(lengths, rows_at_once=rows_at_once, max_tokens=max_tokens)
     for part in laid:
         tokens = int(lengths[part].sum())
         assert part == sorted(part) and len(part) <= rows_at_once and tokens <= most
@@ -66,14 +66,14 @@ def test_without_a_budget_rows_are_counted(lengths: np.ndarray, rows_at_once: in
     assert [position for part in laid for position in part] == list(range(len(lengths)))
     assert [len(part) for part in laid[:-1]] == [rows_at_once] * (len(laid) - 1)
     longest = sorted(lengths.tolist(), reverse=True)[:rows_at_once]
-    assert largest_micro_batch(lengths, rows_at_once=rows_at_once, max_tokens=None) == sum(longest)
+    assert largest_micro_batch_tokens(lengths, rows_at_once=rows_at_once, max_tokens=None) == sum(longest)
 
 
 def test_the_largest_micro_batch_is_the_budget_or_the_longest_row() -> None:
     lengths = np.array([5, 7, 30, 6], dtype=np.int32)
 
     def largest(rows: int, budget: int | None) -> int:
-        return largest_micro_batch(lengths, rows_at_once=rows, max_tokens=budget)
+        return largest_micro_batch_tokens(lengths, rows_at_once=rows, max_tokens=budget)
 
     assert [largest(4, None), largest(2, None), largest(9, None)] == [48, 37, 48]
     assert [largest(4, 40), largest(4, 20), largest(4, 1000)] == [40, 30, 48]

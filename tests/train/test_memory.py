@@ -17,7 +17,7 @@ from tuoling.train.memory import (
     ModelSize,
     estimate_memory,
     gradient_bytes,
-    largest_micro_batch,
+    largest_micro_batch_lengths,
     loss_bytes,
     require_memory,
     weight_bytes,
@@ -61,7 +61,7 @@ def test_a_small_loss_is_its_logits_two_blocks_and_the_hidden_states() -> None:
 
 
 def test_the_largest_micro_batch_is_the_longest_rows() -> None:
-    assert largest_micro_batch(RunConfig(per_device_train_batch_size=2), LENGTHS) == [300, 200]
+    assert largest_micro_batch_lengths(RunConfig(per_device_train_batch_size=2), LENGTHS) == [300, 200]
 
 
 @pytest.mark.parametrize(("optim", "bytes_"), [("adamw", 800), ("muon", 800 - 240)])
@@ -175,7 +175,7 @@ def test_the_longest_micro_batch_keeps_to_the_budget_of_tokens() -> None:
     lengths = np.array([3, 9, 5, 7, 2])
 
     def longest(**keys: Any) -> list[int]:
-        return largest_micro_batch(RunConfig(**keys), lengths)
+        return largest_micro_batch_lengths(RunConfig(**keys), lengths)
 
     assert longest(per_device_train_batch_size=2) == [9, 7]
     assert longest(per_device_train_batch_size=4, max_tokens_per_batch=15) == [9, 5]

@@ -21,11 +21,23 @@ from tuoling.train import launch
 pytestmark = pytest.mark.slow
 """Two processes import torch and transformers: seconds each."""
 
-SHARDED = ["fsdp", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+LONG = pytest.mark.long
+PLAIN = [
+    ("bloom", "lora"),
+    ("llama", "full"),
+    *(pytest.param(*pair, marks=LONG) for pair in [("bloom", "full"), ("llama", "lora")]),
+]
+USUAL = [("fsdp", "bloom", "full"), ("zero2", "bloom", "full"), ("zero3", "llama", "lora")]
+SHARDED = [
+    pytest.param(
+        engine, family, finetuning_type, marks=() if (engine, family, finetuning_type) in USUAL else LONG
+    )
+    for engine in ("fsdp", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    for family, finetuning_type in (("bloom", "full"), ("llama", "lora"))
+]
 
 
-@pytest.mark.parametrize("family", ["bloom", "llama"])
-@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+@pytest.mark.parametrize(("family", "finetuning_type"), PLAIN)
 def test_two_ranks_are_one(tmp_path: Path, family: str, finetuning_type: str) -> None:
     model = tiny(tmp_path, family)
     keys = {"finetuning_type": finetuning_type, "val_size": 3, "eval_steps": 10, "save_steps": 12}
@@ -43,8 +55,7 @@ def test_two_ranks_are_one(tmp_path: Path, family: str, finetuning_type: str) ->
     assert (two.path / "checkpoint-12" / "rng-1.safetensors").is_file()
 
 
-@pytest.mark.parametrize("parallel", SHARDED)
-@pytest.mark.parametrize(("family", "finetuning_type"), [("bloom", "full"), ("llama", "lora")])
+@pytest.mark.parametrize(("parallel", "family", "finetuning_type"), SHARDED)
 def test_engines_that_cut_the_model_train_the_same(
     tmp_path: Path, parallel: str, family: str, finetuning_type: str
 ) -> None:

@@ -61,7 +61,7 @@ def lay(lengths: np.ndarray, *, rows_at_once: int, max_tokens: int | None) -> li
     return laid
 
 
-def largest_micro_batch(lengths: np.ndarray, *, rows_at_once: int, max_tokens: int | None) -> int:
+def largest_micro_batch_tokens(lengths: np.ndarray, *, rows_at_once: int, max_tokens: int | None) -> int:
     """Tokens that a micro-batch can have at most: the longest rows together, or the budget if that is less.
 
     Never less than the longest row, which runs alone where the budget is smaller.

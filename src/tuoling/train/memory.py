@@ -81,7 +81,7 @@ def estimate_memory(
     config: RunConfig, *, model_config: Any, lengths: np.ndarray, size: ModelSize, dtype: str
 ) -> MemoryEstimate:
     """Memory of the largest step. lengths: tokens of each training row, [rows]. Nothing is allocated."""
-    longest = largest_micro_batch(config, lengths)
+    longest = largest_micro_batch_lengths(config, lengths)
     return MemoryEstimate(
         weights=weight_bytes(config, size, dtype),
         gradients=gradient_bytes(config, size),
@@ -111,7 +111,7 @@ def _activation_bytes(
         return ACTIVATIONS_PER_TOKEN * size.hidden * layers * sum(longest) * (4 if dtype == "fp32" else 2)
 
 
-def largest_micro_batch(config: RunConfig, lengths: np.ndarray) -> list[int]:
+def largest_micro_batch_lengths(config: RunConfig, lengths: np.ndarray) -> list[int]:
     """Lengths of the longest rows that can meet in one forward pass: so many rows, within the budget of tokens."""
     ordered: list[int] = np.sort(lengths)[::-1][: config.per_device_train_batch_size].tolist()
     if config.max_tokens_per_batch is None:

@@ -18,7 +18,7 @@ import numpy as np
 from tuoling import environment
 from tuoling.errors import TrainingError
 from tuoling.language import tr
-from tuoling.train.memory import largest_micro_batch
+from tuoling.train.memory import largest_micro_batch_lengths
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -111,7 +111,7 @@ def longest_batch(setup: Setup) -> Any:
     """The longest rows that can meet in one forward pass, as a batch."""
     from tuoling.data.pack import collate
 
-    count = len(largest_micro_batch(setup.config, setup.train.lengths))
+    count = len(largest_micro_batch_lengths(setup.config, setup.train.lengths))
     rows = np.argsort(-setup.train.lengths, kind="stable")[:count]
     return collate([setup.train[int(row)] for row in rows])
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tuoling import environment
-from tuoling.data.batches import largest_micro_batch
+from tuoling.data.batches import largest_micro_batch_tokens
 from tuoling.errors import OutputError, TrainingError
 from tuoling.language import tr
 from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, gib, require_memory
@@ -269,7 +269,7 @@ def make_plan(
         )
     laid = make_steps(config, lengths, world_size)
     figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
-    largest = largest_micro_batch(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
+    largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
     )
