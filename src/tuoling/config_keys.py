@@ -161,6 +161,10 @@ class RunConfig(BaseModel):
     save_steps: Annotated[Whole, Field(ge=0)] | None = 500
     """None: at the end of each epoch. 0: only at the end (the end is always saved)."""
     save_total_limit: Annotated[Whole, Field(gt=0)] | None = 3
+    save_keep_every: Annotated[Whole, Field(gt=0)] | None = None
+    """Checkpoints of these steps (its multiples) are kept beside the newest `save_total_limit`."""
+    disk_reserve_mib: Annotated[Whole, Field(ge=0)] = 256
+    """Stays free on the run's disk: a save that would reach into it stops the run instead."""
     logging_steps: Annotated[Whole, Field(gt=0)] = 10
     load_best_model_at_end: bool = False
 
@@ -168,6 +172,8 @@ class RunConfig(BaseModel):
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     gradient_checkpointing: bool = False
+    deterministic: bool = False
+    """Only kernels whose sums have one order: equal runs on a GPU too, some of them slower."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3", "zero2_offload", "zero3_offload"] | None = None
     """How several processes share a run (`--nproc`, torchrun); None: ddp."""
     deepspeed: str | None = None

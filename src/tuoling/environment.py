@@ -187,6 +187,15 @@ def _require_device(asked: str) -> None:
         )
 
 
+def only_deterministic_kernels() -> None:
+    """Sums in one order only. cuBLAS reads its workspace when it is first used; torch refuses kernels that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def pick_dtype(asked: str, device: str) -> str:
     """Resolve `auto` to bf16, fp16 or fp32 by what the chip does well (fp16 is never chosen on a CPU)."""
     if asked != "auto":

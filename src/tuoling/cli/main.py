@@ -39,6 +39,7 @@ FIRST = (
     "show",
     "plan",
     "train",
+    "resume",
     "report",
     "predict",
     "chat",

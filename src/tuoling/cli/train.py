@@ -13,6 +13,7 @@ from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
+    from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
 
 HELP = tr(
@@ -92,8 +93,12 @@ def command(
     from tuoling.api import train
     from tuoling.train.launch import Launch
 
-    launch = Launch(nproc, _numbers(devices), nnodes, node_rank, master)
-    result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
+    launch = Launch(nproc, device_numbers(devices), nnodes, node_rank, master)
+    tell(train(loaded, say=console.note, show_plan=show_plan, launch=launch), as_json=as_json)
+
+
+def tell(result: RunResult, *, as_json: bool) -> None:
+    """What came out of a run, and where it lies."""
     if environment.place().rank != 0:  # under torchrun the first one reports
         return
     if as_json:
@@ -111,12 +116,14 @@ def command(
         )
     )
     console.out.print(tr(f"run folder  {result.path}", f"运行目录  {result.path}"), markup=False)
+    verb = "chat" if result.status == "finished" else "resume"
     console.out.print(
-        tr(f"next        tuoling chat {result.path}", f"下一步    tuoling chat {result.path}"), markup=False
+        tr(f"next        tuoling {verb} {result.path}", f"下一步    tuoling {verb} {result.path}"),
+        markup=False,
     )
 
 
-def _numbers(devices: str | None) -> tuple[int, ...]:
+def device_numbers(devices: str | None) -> tuple[int, ...]:
     """`0,1,3` → (0, 1, 3)."""
     parts = [part.strip() for part in (devices or "").split(",") if part.strip()]
     if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):

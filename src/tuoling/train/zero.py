@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tuoling import files
-from tuoling.errors import ConfigError, MissingPackage
+from tuoling.errors import ConfigError, MissingPackage, TrainingError
 from tuoling.kernels.install import FastModel, install
 from tuoling.language import tr
 from tuoling.train.parallel import Engine, MakeOptimizer, require_packing, whole_weights
@@ -258,6 +258,19 @@ class Zero(Engine):
         if gathered is None:
             gathered = tensor.detach()
         return gathered.cpu() if self.ranks.first else torch.empty(0)
+
+    def load_optimizer(self, model: nn.Module, optimizer: Any, saved: dict[str, Tensor]) -> None:
+        raise TrainingError(
+            tr(
+                "DeepSpeed's parts of an optimizer's state are not put back",
+                "DeepSpeed 切分的优化器状态不能恢复",
+            ),
+            where=f"parallel=zero{self.stage}",
+            remedy=tr(
+                "tuoling continue CHECKPOINT takes its weights and begins a new schedule",
+                "tuoling continue 检查点 使用它的权重，重新开始学习率计划",
+            ),
+        )
 
     def optimizer_tensors(self, model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
