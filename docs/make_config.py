@@ -122,6 +122,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",
             ),
+            "data_workers": (
+                "Processes that compile rows into tokens; by default one a core where there is enough to do. "
+                "The tokens do not depend on it.",
+                "编译数据（转成 token）的进程数；默认在数据够多时每核一个。结果与进程数无关。",
+            ),
             "max_seq_len": ("Longest example in tokens.", "每条样本最多多少个 token。"),
             "overlong": (
                 "What becomes of longer rows: stop and say how many; leave them out; cut the prompt from the left; "
