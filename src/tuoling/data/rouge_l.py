@@ -134,8 +134,8 @@ class SimilarTexts:
         self.above = above
         self._tokens = Tokens()
         self._ids: list[list[int]] = []
-        self._bags = np.zeros((1024, _BAG), np.uint8)
-        self._sizes = np.zeros(1024, np.int64)
+        self._bags: NDArray[np.uint8] = np.zeros((1024, _BAG), np.uint8)
+        self._sizes: NDArray[np.int64] = np.zeros(1024, np.int64)
 
     def __len__(self) -> int:
         return len(self._ids)
