@@ -42,8 +42,8 @@ def session(place: Path, task: str) -> Any:
     needs_gptqmodel()
     done = subprocess.run(
         [sys.executable, "-m", "tests.weights.gptq_session", str(place), task],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=place,  # gptqmodel leaves a folder `logs` where it is started
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )

@@ -160,7 +160,9 @@ def open_side(weights: Weights) -> TensorSource:
         if form is not None:
             return QuantizedWeights(path, form)
         assert weights.described_by is not None
-        return OldQuantizedWeights(path, meta_model(weights.described_by))
+        return OldQuantizedWeights(
+            path, meta_model(weights.described_by, allow_remote_code=weights.allow_remote_code)
+        )
     return open_weights(path)
 
 
