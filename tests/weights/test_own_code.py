@@ -48,7 +48,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _convert(own: Path, out: Path, allowed: bool) -> None:
-    convert(own, out, options=ConvertOptions(outtype="bf16", allow_remote_code=allowed))
+    convert(own, out, to="hf", options=ConvertOptions(outtype="bf16", allow_remote_code=allowed))
 
 
 def _merge(own: Path, out: Path, allowed: bool) -> None:
