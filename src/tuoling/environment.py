@@ -40,6 +40,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuoling"
 
 
+def config_dir() -> Path:
+    """Where settings that cannot be made again are kept: `XDG_CONFIG_HOME`, else ~/.config."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tuoling"
+
+
 def hub_endpoint() -> str | None:
     """The Hugging Face mirror the user set (`HF_ENDPOINT`), without a trailing slash."""
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
@@ -96,6 +101,11 @@ def _errors_to_stderr(record: logging.LogRecord) -> bool:
     if record.levelno >= logging.ERROR and logging.lastResort is not None:
         logging.lastResort.handle(record)
     return False
+
+
+def prepare_gradio() -> None:
+    """Before it is imported: it sends no usage statistics."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 
 GPTQMODEL = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
@@ -194,6 +204,15 @@ def _require_device(asked: str) -> None:
                 "device=auto；`tuoling doctor` 会列出可用设备",
             ),
         )
+
+
+def only_deterministic_kernels() -> None:
+    """Sums in one order only. cuBLAS reads its workspace when it is first used; torch refuses kernels that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def pick_dtype(asked: str, device: str) -> str:

@@ -25,7 +25,7 @@ from tuoling.weights.meta_layout import MetaCheckpoint, pairs_apart, pairs_toget
 from tuoling.weights.parity import ParityError
 from tuoling.weights.tensors import SafetensorsWriter, open_weights
 
-OURS = ("manifest.json", "parity.json")
+OURS = ("manifest.json", "parity.json", "lineage.json")
 SIZES = {"dim": 64, "layers": 2, "heads": 8, "kv_heads": 8, "wide": 192, "words": 96}
 PARAMS = {"dim": 64, "multiple_of": 64, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
 GROUPED = {**SIZES, "kv_heads": 2}

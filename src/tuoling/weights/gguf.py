@@ -20,6 +20,8 @@ from tuoling.errors import TuolingError, UsageError
 from tuoling.files import cannot_write, read_json, require_writable
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
+from tuoling.models.licence import of_model, to_json
+from tuoling.models.licence_answer import one_licence
 from tuoling.models.source import ModelSource, find_model
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.templates import Template, choose_template
@@ -206,8 +208,8 @@ def _write_general(writer: Any, source: ModelSource, outtype: str, *, lacks_byte
     writer.add_name(Path(source.name).name or source.run_folder.name)
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(2)
-    licence = source.family.licence or ((source.run or {}).get("base") or {}).get("licence")
-    licence = licence or _front_matter(source.weights_path / "README.md").get("license")
+    parts = of_model(source)
+    licence = one_licence(parts)
     if licence:
         writer.add_license(licence)
     run = source.run or {}
@@ -221,25 +223,11 @@ def _write_general(writer: Any, source: ModelSource, outtype: str, *, lacks_byte
         "data_key": data.get("key"),
         "seed": run.get("seed"),
         "unchecked": "no byte tokens" if lacks_bytes else None,
+        "lineage": to_json(parts),
     }
     writer.add_string(
         gguf_keys.PROVENANCE, json.dumps({k: v for k, v in record.items() if v}, ensure_ascii=False)
     )
-
-
-def _front_matter(card: Path) -> dict[str, str]:
-    """`key: value` lines at the head of a model card."""
-    if not card.is_file():
-        return {}
-    head, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-    if head.strip():
-        return {}
-    lines = rest.partition("\n---")[0].splitlines()
-    return {
-        key.strip(): value.strip()
-        for key, _, value in (line.partition(":") for line in lines)
-        if value.strip()
-    }
 
 
 def _write_special(writer: Any, tokenizer: TextTokenizer) -> None:

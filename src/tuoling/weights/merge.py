@@ -15,6 +15,7 @@ from tuoling import console, environment, files
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.language import tr
 from tuoling.models.adapters import some
+from tuoling.models.licence import of_model, to_json, union, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource
 from tuoling.weights.changes import Change, Rows, Whole, apply_changes
 from tuoling.weights.deltas import Changes, changes_of, require_dora_alone, same_base
@@ -294,6 +295,7 @@ def _write_beside(merged: Merged, place: Path, *, allow_remote_code: bool) -> No
     """Everything `tuoling chat OUT` needs besides the weights: the adapter's files first, then the base's."""
     source = merged.adapters[0].source
     files.write_json(place / "config.json", merged.config)
+    write_lineage(place, *(of_model(one.source) for one in merged.adapters))
     for folder in dict.fromkeys((source.path, source.run_folder)):
         copy_companions(folder, place)
     if any((place / name).is_file() for name in _TOKENIZER_FILES):  # files of two tokenizers are not mixed
@@ -331,6 +333,7 @@ def lineage(merged: Merged, checked: Mapping[str, Any]) -> dict[str, Any]:
             "licence": source.family.licence,
         },
         "adapters": [_adapter_record(one) for one in merged.adapters],
+        "lineage": to_json(union(*(of_model(one.source) for one in merged.adapters))),
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in merged.infos.values()}),
         "tensors": len(merged.infos),
         "changed": len(merged.changed),

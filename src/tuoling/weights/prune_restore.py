@@ -16,6 +16,7 @@ from tuoling.files import atomic_folder, read_json, sha256_file, write_json
 from tuoling.language import tr
 from tuoling.models.adapter_files import ADAPTER_CONFIG
 from tuoling.models.adapter_reading import read_adapter
+from tuoling.models.licence import of_model, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model, hub_name
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.render import Segment
@@ -261,6 +262,7 @@ def _write_settings(
             write_json(folder / TEMPLATE_FILE, {**read_json(record), **changes})
     if changes and not (folder / TEMPLATE_FILE).exists():
         write_json(folder / TEMPLATE_FILE, dict(changes))
+    write_lineage(folder, of_model(trained))
     copy_companions(whole.path, folder)
 
 
