@@ -1,10 +1,10 @@
 """What every width costs a model that was really trained: stories260K on the text it tells itself.
 
-    python benchmarks/stories_widths.py FOLDER            print
-    python benchmarks/stories_widths.py FOLDER --write    and leave stories_widths.json and .md beside this file
+    python benchmarks/stories_widths.py DATA            print
+    python benchmarks/stories_widths.py DATA --write    and leave stories_widths.json and .md beside this file
 
-FOLDER holds tinyllamas-stories-260k-f32.gguf, a GGUF 1 file, and expected_greedy_200.txt, the 200 tokens that the
-model says greedily. GGUF types are computed by llama.cpp, keys and values in float32; GPTQ's and rounding's numbers are
+DATA/weights/stories260K holds stories260K.bin and vocabulary.json, of which the tests' folder is built, and
+expected_greedy_200.txt, the 200 tokens that the model says greedily: on these the perplexity is measured. GGUF types are computed by llama.cpp, keys and values in float32; GPTQ's and rounding's numbers are
 multiplied out by our own reader, written as plain float32 weights and computed by transformers. GPTQ is calibrated on
 64 stories that the model tells at temperature 1, groups of 32. Rows of 172 numbers are no multiple of a block of 32:
 those tensors fall back to F16 in GGUF, and GPTQ gives them a last group that is short.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.stories260k import build_stories260k
 
 from tuoling import environment
 from tuoling.models.load import load_model, load_tokenizer
@@ -32,8 +37,7 @@ from tuoling.weights.gguf_verify import GgufLogits
 from tuoling.weights.gptq import quantize
 from tuoling.weights.gptq_options import QuantizeOptions
 
-STORED = "tinyllamas-stories-260k-f32.gguf"
-SAID = "expected_greedy_200.txt"
+SAID = "weights/stories260K/expected_greedy_200.txt"
 GGUF_TYPES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_k_m", "q3_k_m", "q2_k")
 BITS = (8, 4, 3)
 STORIES = 64
@@ -71,12 +75,12 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(stored: Path, place: Path, show: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+def measure(data: Path, place: Path, show: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
     """A row for every width: type, who computed it, perplexity, bytes, tensors that fell back."""
     folder, rows = place / "model", []
-    convert(stored / STORED, folder, options=UNPROVEN)
+    build_stories260k(data, folder)
     tokenizer = load_tokenizer(find_model(folder), for_training=False)
-    said = (stored / SAID).read_text(encoding="utf-8")
+    said = (data / SAID).read_text(encoding="utf-8")
     ids = [1, *tokenizer.hf.encode(said, add_special_tokens=False)]
 
     def add(width: str, engine: str, value: float, size_bytes: int, fell_back: int = 0) -> None:
@@ -98,7 +102,7 @@ def measure(stored: Path, place: Path, show: Callable[[dict[str, Any]], None]) -
         report = write_model(source, file, outtype, weights=weights)
         value = perplexity(GgufLogits(file).logits(ids), ids)
         add(f"GGUF {outtype}", "llama.cpp", value, report.size_bytes, len(report.fell_back))
-    data = tell_stories(folder, place / "stories.jsonl")
+    stories = tell_stories(folder, place / "stories.jsonl")
     for bits in BITS:
         for method in ("gptq", "rtn"):
             out, plain = place / f"{method}-{bits}", place / f"{method}-{bits}-plain"
@@ -111,7 +115,7 @@ def measure(stored: Path, place: Path, show: Callable[[dict[str, Any]], None]) -
                 dtype="fp32",
                 verify=False,
             )
-            quantize(str(folder), out, options, data=[str(data)])
+            quantize(str(folder), out, options, data=[str(stories)])
             convert(out, plain, options=UNPROVEN)
             named = "GPTQ" if method == "gptq" else "to nearest"
             add(f"{named}, {bits} bit", "our reader", by_transformers(plain, ids), folder_bytes(out))
@@ -136,17 +140,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("data", type=Path)
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     environment.quiet_libraries()
     with tempfile.TemporaryDirectory() as place:
-        rows = measure(asked.folder.absolute(), Path(place), lambda row: print(json.dumps(row), flush=True))
+        rows = measure(asked.data.absolute(), Path(place), lambda row: print(json.dumps(row), flush=True))
     print(table(rows))
     if asked.write:
         here = Path(__file__)
         here.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        title = "# stories260K in every width\n\nPrinted by `python benchmarks/stories_widths.py FOLDER`.\n\n"
+        title = "# stories260K in every width\n\nPrinted by `python benchmarks/stories_widths.py DATA`.\n\n"
         here.with_suffix(".md").write_text(title + table(rows), encoding="utf-8")
 
 

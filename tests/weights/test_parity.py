@@ -408,11 +408,11 @@ def test_skipping_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_gate_holds_one_layer_and_writes_its_figures_beside_the_output(tmp_path: Path) -> None:
-    """Through the child process, as every command does it: 7 layers of 13 MiB and two tables of 8 MiB on each side."""
+    """Through the child process, as every command does it: 10 layers of 13 MiB and two tables of 8 MiB on each side."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=7, num_attention_heads=8, vocab_size=4096
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8, vocab_size=4096
     )
     full = tmp_path / "full"
     AutoModelForCausalLM.from_config(config).save_pretrained(full)
@@ -424,6 +424,6 @@ def test_the_gate_holds_one_layer_and_writes_its_figures_beside_the_output(tmp_p
     assert record["verified"] is True and record["passed"] is True
     assert record["max_logit_difference"] == 0.0 == found.max_logit_difference
     assert lines[0].startswith("parity passed: ") and lines == table(found)
-    assert (full / "model.safetensors").stat().st_size > 100 << 20
+    assert (full / "model.safetensors").stat().st_size > 140 << 20
     assert found.peak_gib is not None and record["peak_gib"] == found.peak_gib
-    assert found.peak_gib * 2**30 < 70 << 20
+    assert found.peak_gib * 2**30 < 100 << 20
