@@ -75,6 +75,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # every model that is spread over memory and disk, which is told in our own words
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
     for noisy in ("torch.utils._pytree", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
