@@ -56,7 +56,7 @@ class Chooser:
             )
         if self._processors:
             said = torch.tensor([self.ids], dtype=torch.long, device=scores_V.device)
-            scores_V = self._processors(said, scores_V.unsqueeze(0))[0]  # type: ignore[arg-type]
+            scores_V = self._processors(said, scores_V.unsqueeze(0))[0]
         return scores_V
 
     def draw(self) -> float:
