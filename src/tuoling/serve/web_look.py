@@ -136,11 +136,11 @@ def meter(used_tokens: int, limit_tokens: int) -> str:
     """How full the model's context is."""
     share = min(1.0, used_tokens / max(limit_tokens, 1))
     level = "full" if share > 0.9 else "high" if share > 0.7 else "low"
-    label = f"{used_tokens:,} / {limit_tokens:,} tokens"
+    label = f"{used_tokens:,} / {limit_tokens:,}"
     return (
         f'<div class="meter {level}" role="meter" aria-valuemin="0" aria-valuemax="{limit_tokens}" '
-        f'aria-valuenow="{used_tokens}" title="{label}"><span class="bar">'
-        f'<span style="width:{share:.1%}"></span></span><span class="label">{label}</span></div>'
+        f'aria-valuenow="{used_tokens}" title="{label} tokens"><span class="bar">'
+        f'<span style="width:{share:.1%}"></span></span><span class="label">{label}<span class="unit"> tokens</span></span></div>'
     )
 
 
