@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -104,20 +104,31 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     try:
         yield temporary
-        write_manifest(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        temporary.chmod(0o755)
-        temporary.rename(path)
-        _fsync_dir(path.parent)
+        move_into_place(temporary, path)
     except Exception as error:
         if isinstance(error, OSError) or disk_full(error):
             raise cannot_write(path, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(built: Path, path: Path, *, known_sha256: Mapping[str, str] | None = None) -> None:
+    """Hash and fsync the files of the folder `built`, and rename it to `path`, which must not exist.
+
+    known_sha256: hashes of files, by their names, that need not be read again.
+    """
+    try:
+        write_manifest(built, known_sha256)
+        for file in built.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        built.chmod(0o755)
+        built.rename(path)
+        _fsync_dir(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -202,10 +213,14 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Hash every file below `folder` into its `manifest.json`."""
+def write_manifest(folder: Path, known_sha256: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Hash every file below `folder`, but those whose hash is known, into its `manifest.json`."""
+    known = known_sha256 or {}
     files = {
-        str(file.relative_to(folder)): {"sha256": sha256_file(file), "size_bytes": file.stat().st_size}
+        (name := str(file.relative_to(folder))): {
+            "sha256": known.get(name) or sha256_file(file),
+            "size_bytes": file.stat().st_size,
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
@@ -260,6 +275,22 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, Any]]:
                 return
             if line.strip():
                 yield number, json.loads(line)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take a last line without its end away, so that what is appended starts on a line of its own."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        while size:
+            start = max(0, size - 65536)
+            file.seek(start)
+            found = file.read(size - start).rfind(b"\n")
+            size = start + found + 1 if found >= 0 else start
+            if found >= 0:
+                break
+        file.truncate(size)
 
 
 def append_jsonl(file: IO[str], value: Any) -> None:

@@ -120,13 +120,14 @@ def saved() -> None:
 
 def watch(kind: str, moment: Callable[[], None]) -> None:
     """Call `moment` before each step, batch of an evaluation, or batch of rows that is tokenised."""
+    from tuoling.data.shard_compiler import ShardCompiler
     from tuoling.train import forward, loop
 
     place: Any
     place, name = {
         "step": (loop, "train_step"),
         "evaluate": (forward, "batch_loss"),
-        "tokenise": (compiler(), "_take"),
+        "tokenise": (ShardCompiler, "_take"),
     }[kind]
     real = getattr(place, name)
 
@@ -135,13 +136,6 @@ def watch(kind: str, moment: Callable[[], None]) -> None:
         return real(*args, **keys)
 
     setattr(place, name, watched)
-
-
-def compiler() -> Any:
-    """The class that writes tokenised rows."""
-    from tuoling.data import store
-
-    return store._Compiler
 
 
 def watch_files(folder: str, moment: Callable[[], None], *, removing: bool) -> None:

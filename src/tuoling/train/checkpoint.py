@@ -151,19 +151,11 @@ def put_optimizer(
 ) -> None:
     """`parameter's name.key` → the optimizer's state. Raises TrainingError where the two are not of one model."""
     trained = _trained(model)
+    require_same_model(saved, {name: parameter.shape for name, parameter in trained.items()})
     fused = {id(p) for group in optimizer.param_groups for p in group["params"] if group.get("fused")}
     for full_name, tensor in saved.items():
         name, _, key = full_name.rpartition(".")
-        parameter = trained.get(name)
-        if parameter is None or (
-            key.startswith("exp_avg") and tensor.shape != parameter.shape and tensor.dtype.is_floating_point
-        ):
-            raise TrainingError(
-                tr(
-                    f"the optimizer's state is of another model: {full_name}",
-                    f"优化器状态属于另一个模型：{full_name}",
-                )
-            )
+        parameter = trained[name]
         if tensor.ndim and isinstance(parameter, DTensor):  # FSDP: each rank keeps its part of the state too
             whole = tensor.to(parameter.device_mesh.device_type)
             state = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
@@ -171,6 +163,20 @@ def put_optimizer(
             continue
         device = parameter.device if key != "step" or id(parameter) in fused else torch.device("cpu")
         optimizer.state[parameter][key] = _as_it_was(key, tensor, device)
+
+
+def require_same_model(saved: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise TrainingError where an optimizer's state names other parameters than these, or is of other shapes."""
+    for full_name, tensor in saved.items():
+        name, _, key = full_name.rpartition(".")
+        moments = key.startswith("exp_avg") and tensor.dtype.is_floating_point
+        if name not in shapes or (moments and tensor.shape != shapes[name]):
+            raise TrainingError(
+                tr(
+                    f"the optimizer's state is of another model: {full_name}",
+                    f"优化器状态属于另一个模型：{full_name}",
+                )
+            )
 
 
 def load_random_state(folder: Path, rank: int = 0) -> None:
