@@ -242,11 +242,18 @@ def main(words: list[str]) -> None:
             for section in sections:
                 print(markdown(section), flush=True)
             found[word] = sections
+            if write:
+                store(found)
         made.server.close()
-    if write:
-        stored.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        tables = "\n".join(markdown(section) for sections in found.values() for section in sections)
-        (HERE / "faults.md").write_text(f"# What runs survive\n\n{tables}", encoding="utf-8")
+
+
+def store(found: dict[str, Any]) -> None:
+    """The figures as JSON and as tables, section by section: the next one may take minutes."""
+    (HERE / "faults.json").write_text(
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    tables = "\n".join(markdown(section) for sections in found.values() for section in sections)
+    (HERE / "faults.md").write_text(f"# What runs survive\n\n{tables}", encoding="utf-8")
 
 
 if __name__ == "__main__":

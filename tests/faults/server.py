@@ -64,7 +64,7 @@ def work(asked: dict[str, Any]) -> int:
 
 
 def install(kind: str, at: int = 0, what: str = "kill", folder: str = "", step: int = 0) -> None:
-    """Arm one fault: at the `at`-th moment of `kind` (from 1) do `what` (kill, kill_saved, term, int; full, readonly: from then on).
+    """Arm one fault: at the `at`-th moment of `kind` (from 1) do `what` (full, readonly: from then on).
 
     kind: step, evaluate, tokenise: a call of the function that does it. save: a file operation below `folder` from
     step `step` on, in whatever thread. file: the same from the beginning. gradient: of a micro-batch. clock: throughout.
@@ -80,9 +80,15 @@ def install(kind: str, at: int = 0, what: str = "kill", folder: str = "", step: 
     if kind in ("step", "evaluate", "tokenise"):
         watch(kind, moment)
     elif kind in ("save", "file"):
-        armed = [kind == "file"]
+        armed, taken = [kind == "file"], count(1)
+
+        def arm() -> None:
+            if next(taken) == step:
+                saved()
+                armed[0] = True
+
         if kind == "save":
-            watch("step", lambda taken=count(1): armed.__setitem__(0, armed[0] or next(taken) == step + 1))
+            watch("step", arm)
         watch_files(folder, lambda: moment() if armed[0] else None, removing=not lasting)
     elif kind == "gradient":
         watch_gradient(at)
