@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +18,7 @@ from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
+    from tuoling.train.launch import Launch
     from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
 
@@ -27,7 +33,8 @@ HELP = tr(
     Every key of the config can be given as key=value; `recipe=domain-bloom` starts from a packaged recipe.
 
     --nproc 2 (or --devices 0,1) starts that many processes, which share every step; parallel=fsdp, zero2 or zero3
-    cuts the model into parts. Under torchrun or srun a process joins the others by itself.""",
+    cuts the model into parts. Several machines: this command on each, with --nnodes, --node-rank and --master; or on
+    the first one only, with --hostfile. Under torchrun or srun a process joins the others by itself.""",
     """用你的数据微调模型，结果放在一个运行目录里。
 
     tuoling train --model 模型 --data rows.json [--out 目录] [键=值 …]
@@ -38,6 +45,7 @@ HELP = tr(
     配置中的每个键都可以写成 键=值；recipe=domain-bloom 表示从内置配方开始。
 
     --nproc 2（或 --devices 0,1）启动多个进程分担每一步；parallel=fsdp、zero2 或 zero3 会切分模型。
+    多台机器：在每台上运行本命令，加 --nnodes、--node-rank、--master；或只在第一台上运行，加 --hostfile。
     在 torchrun 或 srun 下，各进程会自动汇合。""",
 )
 
@@ -61,6 +69,45 @@ Recipe = Annotated[
     str | None, typer.Option("--recipe", help=tr("packaged recipe or YAML", "内置配方或 YAML"))
 ]
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"), show_default=False
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
+]
+Machines = Annotated[
+    int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
+]
+MachineNumber = Annotated[
+    int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
+]
+Master = Annotated[
+    str | None,
+    typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
+]
+Hostfile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hostfile",
+        help=tr(
+            "machines to start from here, `name slots=N` a line, this one first",
+            "由本机启动的机器列表，每行 `主机名 slots=进程数`，本机写在第一行",
+        ),
+    ),
+]
+RemoteShell = Annotated[
+    str | None,
+    typer.Option(
+        "--remote-shell",
+        help=tr("how the others are reached; ssh if unset", "连接其他机器的命令，默认 ssh"),
+        show_default=False,
+    ),
+]
+
 
 def command(
     words: Words = None,
@@ -71,30 +118,21 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the results as JSON", "以 JSON 输出结果"))
     ] = False,
-    nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"))
-    ] = 1,
-    devices: Annotated[
-        str | None,
-        typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
-    ] = None,
-    nnodes: Annotated[
-        int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
-    ] = 1,
-    node_rank: Annotated[
-        int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
-    ] = 0,
-    master: Annotated[
-        str | None,
-        typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
-    ] = None,
+    nproc: Processes = None,
+    devices: Devices = None,
+    nnodes: Machines = 1,
+    node_rank: MachineNumber = 0,
+    master: Master = None,
+    hostfile: Hostfile = None,
+    remote_shell: RemoteShell = None,
 ) -> None:
     loaded = load(words, model=model, data=data, out=out, recipe=recipe)
     from tuoling.api import train
-    from tuoling.train.launch import Launch
 
-    launch = Launch(nproc, device_numbers(devices), nnodes, node_rank, master)
-    tell(train(loaded, say=console.note, show_plan=show_plan, launch=launch), as_json=as_json)
+    asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
+    with launching(asked, say=console.note) as launch:
+        result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
+    tell(result, as_json=as_json)
 
 
 def tell(result: RunResult, *, as_json: bool) -> None:
@@ -121,6 +159,57 @@ def tell(result: RunResult, *, as_json: bool) -> None:
         tr(f"next        tuoling {verb} {result.path}", f"下一步    tuoling {verb} {result.path}"),
         markup=False,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options that say where a run computes."""
+
+    nproc: int | None = None
+    devices: str | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    master: str | None = None
+    hostfile: Path | None = None
+    remote_shell: str | None = None
+
+
+@contextmanager
+def launching(asked: Asked, *, say: Callable[[str], None]) -> Iterator[Launch]:
+    """What is to be started; the other machines of a hostfile run the same command inside."""
+    from tuoling.train.launch import Launch
+
+    devices = device_numbers(asked.devices)
+    if asked.hostfile is None:
+        if asked.remote_shell is not None:
+            raise UsageError(
+                tr("--remote-shell goes with --hostfile", "--remote-shell 要与 --hostfile 一起用"),
+                remedy="--hostfile hosts.txt",
+            )
+        yield Launch(asked.nproc or 1, devices, asked.nnodes, asked.node_rank, asked.master)
+        return
+    if asked.nproc or devices or asked.nnodes > 1:
+        raise UsageError(
+            tr(
+                "--hostfile says how many machines and processes there are; --nproc, --devices and --nnodes do too",
+                "--hostfile 已写明机器数和进程数，不能再给 --nproc、--devices、--nnodes",
+            ),
+            where=str(asked.hostfile),
+            remedy="gpu01 slots=4",
+        )
+    from tuoling.train.hosts import REMOTE_SHELL, OtherMachines, read_hosts, require_reachable, words_for
+
+    hosts, shell = read_hosts(asked.hostfile), asked.remote_shell or REMOTE_SHELL
+    here = Launch(hosts[0].slots, (), len(hosts), 0, asked.master or hosts[0].name)
+    require_reachable(hosts[1:], shell, folder=Path.cwd())
+    others = OtherMachines(hosts[1:], shell, folder=Path.cwd(), say=say)
+    try:
+        others.start(lambda number: words_for(replace(here, node_rank=number), sys.argv[1:]))
+        yield replace(here, others=others)
+    except BaseException as error:
+        others.end(failed=not isinstance(error, KeyboardInterrupt))
+        raise
+    others.end(failed=False)
 
 
 def device_numbers(devices: str | None) -> tuple[int, ...]:
