@@ -14,10 +14,10 @@ import pytest
 from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 
 from tuoling import environment
-from tuoling.cli.train import Asked, launching
 from tuoling.errors import TrainingError, UsageError
 from tuoling.train import hosts as hosts_file
 from tuoling.train import launch as launching_file
+from tuoling.train.asked import Asked, launching
 from tuoling.train.ending import first_error
 from tuoling.train.hosts import Host, OtherMachines, read_hosts, remote_command, require_reachable, words_for
 from tuoling.train.launch import Launch, await_machine_0

@@ -40,6 +40,8 @@ FIRST = (
     "plan",
     "train",
     "resume",
+    "continue",
+    "replay",
     "report",
     "predict",
     "chat",

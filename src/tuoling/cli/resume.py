@@ -9,19 +9,18 @@ import typer
 
 from tuoling import console
 from tuoling.cli.train import (
-    Asked,
     Devices,
     Hostfile,
     MachineNumber,
     Machines,
     Master,
     RemoteShell,
-    launching,
     show_plan,
     tell,
 )
 from tuoling.errors import ConfigError
 from tuoling.language import tr
+from tuoling.train.asked import Asked, launching
 
 HELP = tr(
     """Go on with a run that was stopped or killed, exactly where it was.

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +11,10 @@ import typer
 from tuoling import console, environment
 from tuoling.errors import UsageError
 from tuoling.language import tr
+from tuoling.train.asked import Asked, launching
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
-    from tuoling.train.launch import Launch
     from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
 
@@ -125,14 +121,46 @@ def command(
     master: Master = None,
     hostfile: Hostfile = None,
     remote_shell: RemoteShell = None,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help=tr("begin again from the last checkpoint after a crash", "崩溃后自动从最近的检查点继续"),
+        ),
+    ] = False,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            min=0,
+            help=tr("with --supervise: at most so many", "与 --supervise 同用：最多重启次数"),
+        ),
+    ] = 5,
 ) -> None:
     loaded = load(words, model=model, data=data, out=out, recipe=recipe)
     from tuoling.api import train
 
     asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
+    if supervise:
+        from tuoling.train.run_folder import folder_of
+        from tuoling.train.supervise import supervise as watch
+
+        folder = folder_of(loaded.config)
+        begin = [*_again(words, model=model, data=data, recipe=recipe), "--out", str(folder)]
+        shared = asked.words() + (["--json"] if as_json else [])
+        again = ["resume", str(folder), "--skip-damaged", *shared]
+        raise typer.Exit(watch(folder, [*begin, *shared], again, restarts=restarts, say=console.note))
     with launching(asked, say=console.note) as launch:
         result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
     tell(result, as_json=as_json)
+
+
+def _again(
+    words: list[str] | None, *, model: str | None, data: list[str] | None, recipe: str | None
+) -> list[str]:
+    """The words of this command for a process of its own."""
+    given = [("--model", model), ("--recipe", recipe), *(("--data", each) for each in data or [])]
+    return ["train", *(words or []), *(part for name, value in given if value for part in (name, value))]
 
 
 def tell(result: RunResult, *, as_json: bool) -> None:
@@ -159,71 +187,6 @@ def tell(result: RunResult, *, as_json: bool) -> None:
         tr(f"next        tuoling {verb} {result.path}", f"下一步    tuoling {verb} {result.path}"),
         markup=False,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The options that say where a run computes."""
-
-    nproc: int | None = None
-    devices: str | None = None
-    nnodes: int = 1
-    node_rank: int = 0
-    master: str | None = None
-    hostfile: Path | None = None
-    remote_shell: str | None = None
-
-
-@contextmanager
-def launching(asked: Asked, *, say: Callable[[str], None]) -> Iterator[Launch]:
-    """What is to be started; the other machines of a hostfile run the same command inside."""
-    from tuoling.train.launch import Launch
-
-    devices = device_numbers(asked.devices)
-    if asked.hostfile is None:
-        if asked.remote_shell is not None:
-            raise UsageError(
-                tr("--remote-shell goes with --hostfile", "--remote-shell 要与 --hostfile 一起用"),
-                remedy="--hostfile hosts.txt",
-            )
-        yield Launch(asked.nproc or 1, devices, asked.nnodes, asked.node_rank, asked.master)
-        return
-    if asked.nproc or devices or asked.nnodes > 1:
-        raise UsageError(
-            tr(
-                "--hostfile says how many machines and processes there are; --nproc, --devices and --nnodes do too",
-                "--hostfile 已写明机器数和进程数，不能再给 --nproc、--devices、--nnodes",
-            ),
-            where=str(asked.hostfile),
-            remedy="gpu01 slots=4",
-        )
-    from tuoling.train.hosts import REMOTE_SHELL, OtherMachines, read_hosts, require_reachable, words_for
-
-    hosts, shell = read_hosts(asked.hostfile), asked.remote_shell or REMOTE_SHELL
-    here = Launch(hosts[0].slots, (), len(hosts), 0, asked.master or hosts[0].name)
-    require_reachable(hosts[1:], shell, folder=Path.cwd())
-    others = OtherMachines(hosts[1:], shell, folder=Path.cwd(), say=say)
-    try:
-        others.start(lambda number: words_for(replace(here, node_rank=number), sys.argv[1:]))
-        yield replace(here, others=others)
-    except BaseException as error:
-        others.end(failed=not isinstance(error, KeyboardInterrupt))
-        raise
-    others.end(failed=False)
-
-
-def device_numbers(devices: str | None) -> tuple[int, ...]:
-    """`0,1,3` → (0, 1, 3)."""
-    parts = [part.strip() for part in (devices or "").split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
-        raise UsageError(
-            tr(
-                f"--devices {devices}: numbers of cards with commas, each once",
-                f"--devices {devices}：应为逗号分隔的显卡编号，不重复",
-            ),
-            remedy="--devices 0,1",
-        )
-    return tuple(int(part) for part in parts)
 
 
 def load(

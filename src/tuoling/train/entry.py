@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,3 +78,41 @@ def resume(
     if launch.alone:
         return go_on(config, notes=notes, say=say, show_plan=show_plan, start=start)
     return train_on(launch, config, notes=notes, say=say, show_plan=show_plan, start=start)
+
+
+def continue_from(
+    source: str | Path,
+    words: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    base: str | None = None,
+    keep_schedule: bool = False,
+    from_data_beginning: bool | None = None,
+    epochs: float | None = None,
+    agreed: Callable[[str], bool] = lambda said: False,
+    say: Callable[[str], None] | None = None,
+    show_plan: Callable[[Setup], None] | None = None,
+    nproc: int = 1,
+) -> RunResult:
+    """Begin a new run from old weights on rows of its own (`tuoling continue`). words: key=value; flags: config keys.
+
+    keep_schedule and the arguments below it: see `continuing.along_schedule`. Raises TuolingError.
+    """
+    environment.quiet_libraries()
+    from tuoling.train.continuing import along_schedule, fresh, from_weights
+    from tuoling.train.launch import Launch, train_on
+    from tuoling.train.loop import train as run
+
+    say = say or console.note
+    found = from_weights(str(source), words, flags, base=base, keep_schedule=keep_schedule)
+    for line in found.loaded.notes:
+        say(line)
+    start = fresh(found)
+    if keep_schedule:
+        start = along_schedule(
+            found, say=say, from_data_beginning=from_data_beginning, epochs=epochs, agreed=agreed
+        )
+    config, notes = found.loaded.config, found.loaded.notes
+    if nproc == 1:
+        return run(config, notes=notes, say=say, show_plan=show_plan, start=start)
+    return train_on(Launch(nproc=nproc), config, notes=notes, say=say, show_plan=show_plan, start=start)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tuoling.data.batches import lay
 from tuoling.data.pack import Batch, collate, nothing_learned
 from tuoling.kernels.install import FastModel
+from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tuoling.train.loop import Parts
     from tuoling.train.prepare import Setup
     from tuoling.train.rows import Rows
+    from tuoling.train.steps import Steps
 
 
 def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -60,3 +62,27 @@ def mean_loss(
         learned += batch.num_learned
     parts.model.train(was_training)
     return None if stopped else engine.ranks.total(total) / engine.ranks.total(learned)
+
+
+def probe(parts: Parts, setup: Setup, rows: list[int]) -> dict[str, Any]:
+    """The loss of one batch with the weights as they are: a run that goes on from them must find it again."""
+    mine = [rows] if parts.engine.ranks.first else []
+    return {"rows": rows, "loss": mean_loss(parts, setup.train, mine)}
+
+
+def last_rows(steps: Steps, step: int) -> list[int]:
+    """The first micro-batch of the step before this one, as places among the training rows."""
+    return next(iter(steps.micro_batches(step - 1)), [0])
+
+
+def can_share_head(fast: FastModel, device: str, say: Callable[[str], None]) -> bool:
+    """Whether rows may go on after one common head here; says so where they may not."""
+    if fast.packed and device == "cpu":
+        return True
+    say(
+        tr(
+            "share_head: not used; rows that run one by one, or on a GPU, keep their own",
+            "share_head：未使用；逐条计算或在 GPU 上时，每条数据各算各的开头",
+        )
+    )
+    return False

@@ -22,7 +22,7 @@ from tuoling.language import tr
 from tuoling.models.load import load_model
 from tuoling.train.checkpoint import load_random_state
 from tuoling.train.finish import finish
-from tuoling.train.forward import batch_loss, evaluate_loss, mean_loss
+from tuoling.train.forward import batch_loss, can_share_head, evaluate_loss, last_rows, probe
 from tuoling.train.interrupt import Interrupt
 from tuoling.train.memory import quantization_of
 from tuoling.train.optim import make_optimizer, set_learning_rate
@@ -130,6 +130,7 @@ def _train_in(
     """All of a run that writes into its folder."""
     try:
         parts = assemble(setup, run, run.record, say, ranks, start)
+        run.set_status("running", kernels=parts.fast.facts())
         if start.checkpoint:
             check_probe(start, probe(parts, setup, start.position["probe"]["rows"])["loss"], setup, say)
         with Interrupt() as interrupt:
@@ -202,19 +203,6 @@ def assemble(
         torch.manual_seed(config.seed + engine.ranks.rank)
     share_head = config.share_head and can_share_head(fast, setup.device, say)
     return Parts(engine, model, fast, optimizer, WeightSaver(model, setup), share_head)
-
-
-def can_share_head(fast: FastModel, device: str, say: Callable[[str], None]) -> bool:
-    """Whether rows may go on after one common head here; says so where they may not."""
-    if fast.packed and device == "cpu":
-        return True
-    say(
-        tr(
-            "share_head: not used; rows that run one by one, or on a GPU, keep their own",
-            "share_head：未使用；逐条计算或在 GPU 上时，每条数据各算各的开头",
-        )
-    )
-    return False
 
 
 def fit(
@@ -305,17 +293,6 @@ def evaluated(
         return row
     done.eval_loss = loss
     return {**row, "eval_loss": loss}
-
-
-def probe(parts: Parts, setup: Setup, rows: list[int]) -> dict[str, Any]:
-    """The loss of one batch with the weights as they are: a run that goes on from them must find it again."""
-    mine = [rows] if parts.engine.ranks.first else []
-    return {"rows": rows, "loss": mean_loss(parts, setup.train, mine)}
-
-
-def last_rows(steps: Steps, step: int) -> list[int]:
-    """The first micro-batch of the step before this one, as places among the training rows."""
-    return next(iter(steps.micro_batches(step - 1)), [0])
 
 
 def _finish(

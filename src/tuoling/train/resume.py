@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from tuoling.train.progress import Progress
 from tuoling.train.run_folder import RunFolder, data_hashes, now, weights_sampled_sha256
 from tuoling.train.saving import CHANGEABLE, config_sha256
 from tuoling.train.steps import FROM_THE_BEGINNING, Offset
+from tuoling.train.trainer_checkpoint import trainer_optimizer
 
 if TYPE_CHECKING:
+    from tuoling.kernels.install import FastModel
     from tuoling.models.source import ModelSource
     from tuoling.train.prepare import Setup
 
@@ -155,6 +157,26 @@ def open_run(
     run: Path, *, named: str | None = None, skip_damaged: bool = False, accept_changes: bool = False
 ) -> Start:
     """Where a run folder goes on. Raises TrainingError for a folder that is no run of ours, or one that is finished."""
+    record = read_run(run)
+    if record.get("status") == "finished":
+        results = record.get("results") or {}
+        raise TrainingError(
+            tr(
+                f"the run is finished: {results.get('steps', '?')} steps of {results.get('steps', '?')}",
+                f"该训练已经完成：{results.get('steps', '?')} / {results.get('steps', '?')} 步",
+            ),
+            where=str(run),
+            remedy=tr(
+                f"on new rows: tuoling continue {run} --data ROWS",
+                f"用新数据继续：tuoling continue {run} --data 数据",
+            ),
+        )
+    checkpoint = pick_checkpoint(run, named=named, skip_damaged=skip_damaged)
+    return replace(start_of(run, record, checkpoint), accept_changes=accept_changes)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json. Raises TrainingError for a folder that is no run of ours."""
     path = run / "run.json"
     if not path.is_file():
         raise TrainingError(
@@ -173,20 +195,11 @@ def open_run(
         raise TrainingError(
             tr("run.json holds no config of a run", "run.json 中没有训练配置"), where=str(path)
         )
-    if record.get("status") == "finished":
-        results = record.get("results") or {}
-        raise TrainingError(
-            tr(
-                f"the run is finished: {results.get('steps', '?')} steps of {results.get('steps', '?')}",
-                f"该训练已经完成：{results.get('steps', '?')} / {results.get('steps', '?')} 步",
-            ),
-            where=str(run),
-            remedy=tr(
-                f"on new rows: tuoling continue {run} --data ROWS",
-                f"用新数据继续：tuoling continue {run} --data 数据",
-            ),
-        )
-    checkpoint = pick_checkpoint(run, named=named, skip_damaged=skip_damaged)
+    return record
+
+
+def start_of(run: Path, record: dict[str, Any], checkpoint: Path | None) -> Start:
+    """Where a run stands at one of its checkpoints, or at its beginning."""
     continues = record.get("continues") or {}
     old = continues.get("optimizer")
     return Start(
@@ -196,7 +209,6 @@ def open_run(
         optimizer=Path(old) if old and checkpoint is None else None,
         offset=Offset(**continues.get("offset", {})),
         laid_for=record.get("laid_for") or record.get("processes"),
-        accept_changes=accept_changes,
         continues=continues or None,
     )
 
@@ -275,6 +287,8 @@ def optimizer_state(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tenso
     """The optimizer's state of a checkpoint, `parameter's name.key` → tensor."""
     from safetensors.torch import load_file
 
+    if not (checkpoint / "optimizer.safetensors").is_file():
+        return trainer_optimizer(checkpoint, model)
     return load_file(checkpoint / "optimizer.safetensors")
 
 
@@ -293,7 +307,7 @@ def check_probe(start: Start, loss: float, setup: Setup, say: Say) -> None:
             )
         )
         return
-    reasons = _elsewhere(start.record or {}, setup)
+    reasons = differences(start.record or {}, setup)
     words = tr(
         f"the last batch gives {loss:.6f}, and gave {saved:.6f}",
         f"最后一批的损失是 {loss:.6f}，当时是 {saved:.6f}",
@@ -308,17 +322,27 @@ def check_probe(start: Start, loss: float, setup: Setup, say: Say) -> None:
     say(f"{words} ({why})")
 
 
-def _elsewhere(record: Mapping[str, Any], setup: Setup) -> list[str]:
-    """What of the machine is not as it was, and may change the last bits of a sum."""
-    here = {
+def differences(record: Mapping[str, Any], setup: Setup, fast: FastModel | None = None) -> list[str]:
+    """What of libraries, machine, device and kernels is not as it was, and may change the last bits of a sum."""
+    here: dict[str, Any] = {
         "versions": environment.versions(),
         "machine": environment.machine(),
         "device": setup.device,
         "dtype": setup.dtype,
         "processes": setup.world_size,
         "threads": environment.compute_threads(),
+        **({"kernels": fast.facts()} if fast is not None else {}),
     }
-    last: dict[str, Any] = dict(record)
-    for resumed in record.get("resumed", [])[:-1]:
-        last |= {key: resumed[key] for key in here if key in resumed}
-    return [key for key in here if here[key] != last.get(key)]
+    found = []
+    for key, value in here.items():
+        then = record.get(key)
+        if then == value or then is None:
+            continue
+        if isinstance(value, dict) and isinstance(then, dict):
+            names = [name for name in {**then, **value} if then.get(name) != value.get(name)]
+            found += [f"{key}: {name} {then.get(name)} → {value.get(name)}" for name in names]
+        else:
+            found.append(f"{key}: {then} → {value}")
+    if setup.device.startswith("cuda") and not setup.config.deterministic:
+        found.append(tr("kernels: deterministic=true was not asked for", "算子：没有设 deterministic=true"))
+    return found
