@@ -126,6 +126,12 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Our field → the file's column, in YAML `{instruction: ask, output: answer}`.",
                 "我们的字段 → 文件中的列名，YAML 写法 `{instruction: ask, output: answer}`。",
             ),
+            "licences": (
+                "Your word on what goes in: name or path (or `model`, `adapter`, `data`) → licence; `own` for your own "
+                "rows. YAML `{rows.json: own}`. See `tuoling licence`.",
+                "由你声明的许可：名字或路径（或 `model`、`adapter`、`data`）→ 许可；自己的数据写 `own`。"
+                "YAML 写法 `{rows.json: own}`。见 `tuoling licence`。",
+            ),
             "max_samples": (
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",

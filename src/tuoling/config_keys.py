@@ -108,6 +108,8 @@ class RunConfig(BaseModel):
     """Never hold out more than this share, whatever `val_size` says."""
     data_format: str | None = None
     columns: dict[str, str] | None = None
+    licences: dict[str, str] | None = None
+    """Name or path of what goes in (or model, adapter, data) → its licence, by the user's own word."""
     max_samples: Annotated[Whole, Field(gt=0)] | None = None
     """At most the first so many rows of each file or dataset."""
     data_workers: Annotated[Whole, Field(gt=0)] | None = None

@@ -6,6 +6,7 @@ TuolingError                the result or the input is bad (exit code 1)
 ├── ModelError              a model, tokenizer or adapter that cannot be used as it is
 ├── OutputError             a place that cannot be written to
 ├── TrainingError           a run that cannot start or go on
+├── EndpointError           a model behind an address that does not answer as it should
 ├── MissingPackage          an optional package that is not installed
 └── UsageError              the call is wrong (exit code 2)
     └── ConfigError         a config file or a key=value
@@ -52,6 +53,26 @@ class OutputError(TuolingError):
 
 class TrainingError(TuolingError):
     """A run cannot start or go on."""
+
+
+class EndpointError(TuolingError):
+    """A model behind an HTTP address does not answer as it should.
+
+    status: of HTTP, None where none came. lasting: asking again, or asking something else, would not help.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        remedy: str | None = None,
+        status: int | None = None,
+        lasting: bool = False,
+    ) -> None:
+        self.status = status
+        self.lasting = lasting
+        super().__init__(problem, where=where, remedy=remedy)
 
 
 class MissingPackage(TuolingError):

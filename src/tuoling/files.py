@@ -277,6 +277,22 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Take a last line without its end away, so that what is appended starts on a line of its own."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        while size:
+            start = max(0, size - 65536)
+            file.seek(start)
+            found = file.read(size - start).rfind(b"\n")
+            size = start + found + 1 if found >= 0 else start
+            if found >= 0:
+                break
+        file.truncate(size)
+
+
 def append_jsonl(file: IO[str], value: Any) -> None:
     """Append one row and flush it, so that a reader beside us sees whole rows."""
     file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")

@@ -44,6 +44,7 @@ FIRST = (
     "replay",
     "report",
     "predict",
+    "evaluate",
     "chat",
 )
 """The order of help: the way a user goes. Commands not named here follow by the alphabet."""

@@ -74,6 +74,11 @@ class TokenStore:
         return np.asarray(self._parts[part][begin - start : end - start])
 
     @property
+    def paths(self) -> list[str]:
+        """Files and hub datasets that the rows were read from."""
+        return list(self._paths)
+
+    @property
     def learned_ends(self) -> np.ndarray:
         """int64 [N]: where the last learned span of each example ends."""
         return self._spans[self._span_offsets[1:] - 1, 1].astype(np.int64)

@@ -12,6 +12,8 @@ from tuoling import environment
 from tuoling.data.batches import largest_micro_batch_tokens
 from tuoling.errors import OutputError, TrainingError
 from tuoling.language import tr
+from tuoling.models.licence import to_json as lineage_json
+from tuoling.models.licence_answer import answer, short, warning
 from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, gib, require_memory
 from tuoling.train.steps import FROM_THE_BEGINNING, Offset, look_at, make_steps
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from tuoling.config import RunConfig
     from tuoling.data.mix import Mix
+    from tuoling.models.licence import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Plan:
     shared_tokens: int = 0
     """Tokens these rows would have cost; not among `tokens`."""
     fitting: tuple[str, ...] = ()
+    lineage: tuple[Part, ...] = ()
+    """What goes in, with licences."""
     world_size: int = 1
     """Processes that train together. micro_batches_per_step and memory are those of one of them."""
     first_step: int = 0
@@ -100,7 +105,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """For run.json and `tuoling plan --json`."""
-        return {**asdict(self), "memory_bytes": self.memory.total}
+        return {**asdict(self), "memory_bytes": self.memory.total, "lineage": lineage_json(self.lineage)}
 
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) pairs for people."""
@@ -149,6 +154,7 @@ class Plan:
                 tr("disk", "磁盘估计"),
                 tr(f"about {self.disk_bytes / 2**20:,.0f} MiB", f"约 {self.disk_bytes / 2**20:,.0f} MiB"),
             ),
+            (tr("licences", "许可"), short(answer(self.lineage))),
         ]
 
     def _steps_taken(self) -> str:
@@ -198,7 +204,8 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What the user may not have meant."""
-        found = []
+        licences = warning(answer(self.lineage))
+        found = [licences] if licences else []
         if self.rows_over_budget:
             found.append(
                 tr(
@@ -291,6 +298,7 @@ def make_plan(
     shared_rows: int = 0,
     shared_tokens: int = 0,
     fitting: Sequence[str] = (),
+    lineage: Sequence[Part] = (),
     world_size: int = 1,
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
@@ -355,6 +363,7 @@ def make_plan(
         first_step=laid.first,
         schedule_steps=schedule,
         fitting=tuple(fitting),
+        lineage=tuple(lineage),
         world_size=world_size,
         shared_rows=shared_rows,
         shared_tokens=shared_tokens,

@@ -10,12 +10,13 @@ import numpy as np
 
 from tuoling import environment
 from tuoling.data.mix import Mix
-from tuoling.data.store import StoreReport
+from tuoling.data.store import StoreReport, TokenStore
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
 from tuoling.models import quantization as low_bit
 from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import lora_target_names
+from tuoling.models.licence import Part, as_said, of_data, of_model, union
 from tuoling.models.load import load_tokenizer
 from tuoling.models.shape import linear_weights, lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
@@ -164,6 +165,7 @@ def prepare(
         memory=memory,
         device=device,
         world_size=world_size,
+        lineage=_lineage(config, source, store),
         laid_for=laid_for,
         offset=offset,
         mix=mix,
@@ -189,6 +191,15 @@ def prepare(
         watched=watched,
         notes=kept,
     )
+
+
+def _lineage(config: RunConfig, source: ModelSource, store: TokenStore) -> tuple[Part, ...]:
+    """What goes into the weights: the model, what an adapter was trained on before, and the files of rows.
+
+    Files of held-out rows are left out: nothing is learned from them.
+    """
+    data = [part for path in store.paths for part in of_data(path)]
+    return as_said(union(of_model(source), data), config.licences or {})
 
 
 def _pick_dtype(config: RunConfig, device: str, say: Say) -> str:

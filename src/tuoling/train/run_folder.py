@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tuoling import environment, files
 from tuoling.errors import DataError, OutputError
 from tuoling.language import tr
+from tuoling.models.licence import to_json
 from tuoling.models.source import weight_files
 from tuoling.train.run_lock import LOCK
 
@@ -130,6 +131,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "family": setup.source.family.name,
             "licence": setup.source.family.licence,
         },
+        "lineage": to_json(setup.plan.lineage),
         "template": {
             "id": setup.template.id,
             "why": setup.template_reason,

@@ -11,6 +11,7 @@ import torch
 from tuoling import files
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.gptq_packages import hidden_from_peft
+from tuoling.models.licence import write_lineage
 from tuoling.models.save import save_adapter, save_model
 from tuoling.train.memory import quantization_of
 
@@ -64,6 +65,7 @@ class WeightSaver:
             template=self._template,
             state_dict=weights,
         )
+        write_lineage(folder, self._setup.plan.lineage)
         if self._jinja is not None:  # what other tools (transformers, vLLM) read: the same prompt as ours
             (folder / "chat_template.jinja").write_text(self._jinja, encoding="utf-8")
 
