@@ -10,15 +10,17 @@ and 10.77.0.2) and the disk. Each command is run inside one of them by `ip netns
 3. the same from the first machine alone by `--hostfile`,
 4. machine 1 killed (SIGKILL, launcher and rank) in the middle of a run; what machine 0 says; `tuoling resume` on both,
 5. the cable pulled in the middle of a run: both end with clear words after timeout_s,
-6. a hostfile with a machine that is not there, and a machine 1 whose machine 0 has not been started.
+6. a hostfile with a machine that is not there, and a machine 1 whose machine 0 has not been started,
+7. each engine, all weights in float32: the bytes of a step that the cable carries, beside what scaling.py says.
 
-Prints a transcript and, in the end, how far the losses are apart. Takes about three minutes on two cores. --write:
+Prints a transcript and, in the end, how far the losses are apart. Takes about five minutes on two cores. --write:
 two_machines.txt beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -27,13 +29,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import scaling
+from safetensors.torch import load_file
 from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 
 HERE = Path(__file__).parent
@@ -48,12 +52,14 @@ NOISE = ("real_accelerator", "socket.cpp", "torchao", "_pytree")
 class Transcript:
     """What is done and said, printed as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         self.lines: list[str] = []
+        self._shown = shown
 
     def __call__(self, text: str = "") -> None:
         for line in text.splitlines() or [""]:
-            print(line, flush=True)
+            if self._shown:
+                print(line, flush=True)
             self.lines.append(line)
 
 
@@ -157,16 +163,43 @@ def wait_for_steps(run: Path, steps: int) -> None:
         time.sleep(0.05)
 
 
+def cable_bytes() -> int:
+    """What machine 0 has sent."""
+    path = "/sys/class/net/cable0/statistics/tx_bytes"
+    found = subprocess.run(
+        ["ip", "netns", "exec", NAMES[0], "cat", path], check=True, capture_output=True, text=True
+    )
+    return int(found.stdout)
+
+
+def count_bytes(
+    folder: Path, say: Transcript, configs: dict[str, str], paper: Callable[[str], float]
+) -> None:
+    """The bytes of a step under each engine, between its 10th and about its 50th."""
+    say("| engine | MB a step on the cable | on paper |")
+    for engine, config in configs.items():
+        quiet = Transcript(shown=False)
+        both = together(folder, quiet, "train", config)
+        marks = []
+        for wanted in (10, 50):
+            wait_for_steps(folder / engine / "run", wanted)
+            marks.append((len(losses(folder / engine / "run")), cable_bytes()))
+        for machine in both:
+            machine.wait()
+        (first, before), (last, after) = marks
+        say(f"| {engine} | {(after - before) / (last - first) / 1e6:.2f} | {paper(engine) / 1e6:.2f} |")
+
+
 def play(folder: Path, say: Transcript) -> dict[str, float]:
-    """All six scenes. Returns how far the losses of each run are from those of one process."""
+    """All seven scenes. Returns how far the losses of each run are from those of one process."""
     model = tiny_model(folder / "model", hidden=256, layers=4)
     data = write_rows(folder / "rows.jsonl", sum_rows(64))
     # steps nearly proportional to their gradients: an error in one is neither hidden nor blown up
     keys: dict[str, Any] = {"adam_epsilon": 1e-1, "learning_rate": 1e-1, "lr_scheduler_type": "constant"}
     keys |= {"max_steps": STEPS, "batch_size": 8, "save_steps": 5, "timeout_s": 120}
 
-    def config(name: str) -> str:
-        settings = settings_without_chance(folder / name, model, data, {**keys, "logging_steps": 10})
+    def config(name: str, **more: Any) -> str:
+        settings = settings_without_chance(folder / name, model, data, {**keys, "logging_steps": 10, **more})
         (folder / f"{name}.json").write_text(json.dumps(settings, indent=1))
         return f"{name}.json"
 
@@ -211,6 +244,17 @@ def play(folder: Path, say: Transcript) -> dict[str, float]:
     Machine(0, folder, "train", config("none"), *from_hostfile, say=say).wait()
     alone = ("--nnodes", "2", "--node-rank", "1", "--master", ADDRESSES[0])
     Machine(1, folder, "train", config("none"), "timeout_s=8", *alone, say=say).wait()
+    say("\n# 7. the bytes of a step")
+    parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    outside = (
+        len(load_file(model / "model.safetensors")["transformer.word_embeddings.weight"]) * 256 + 4 * 256
+    )
+    step = scaling.Run(parameters, parameters, 2, outside, weight_bytes=4, half=False)
+    keys |= {"finetuning_type": "full", "max_steps": 60, "save_steps": 0, "per_device_train_batch_size": 4}
+    installed = importlib.util.find_spec("deepspeed") is not None
+    engines = [engine for engine in scaling.ENGINES if installed or not engine.startswith("zero")]
+    configs = {engine: config(engine, parallel=engine) for engine in engines}
+    count_bytes(folder, say, configs, lambda engine: scaling.sent_bytes(engine, step))
     found = {}
     for name in ("two", "hosts", "killed", "cut"):
         curve = losses(run_of(name))
