@@ -70,7 +70,16 @@ def test_the_order_is_a_function_of_seed_and_place() -> None:
     straight = MixedOrder(mix, 7).rows(0, 170)
     assert [row for batch in MixedOrder(mix, 7).batches(60, 8, 170) for row in batch] == straight[60:]
     assert MixedOrder(mix, 8).rows(0, 50) != straight[:50]
-    assert straight[:8] == [39, 128, 165, 141, 134, 176, 161, 187]  # a saved run resumes into the same order for ever
+    assert straight[:8] == [
+        39,
+        128,
+        165,
+        141,
+        134,
+        176,
+        161,
+        187,
+    ]  # a saved run resumes into the same order for ever
     assert order_of(9, 7, None).rows(0, 30) == SampleOrder(9, 7).rows(0, 30)
 
 
