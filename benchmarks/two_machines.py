@@ -47,6 +47,9 @@ STEPS, KILLED_AFTER = 40, 12
 LAST_LINES = 14
 NOISE = ("real_accelerator", "socket.cpp", "torchao", "_pytree")
 """What libraries say of this machine."""
+PLAN = re.compile(
+    r"(\[.*\] )?(model|template|rows|tokens|each step|steps|parameters|memory|disk|licences)(:|  )"
+)
 
 
 class Transcript:
@@ -123,9 +126,10 @@ class Machine:
             os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        code = self.process.wait(timeout=300)
+        code = self.process.wait(timeout=600)
         said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line.rstrip() for line in said if line.strip() and not any(word in line for word in NOISE)]
+        said = [line for line in said if not PLAN.match(line)]
         if len(said) > LAST_LINES:
             self._say(f"  machine {self.number}: … ({len(said) - LAST_LINES} lines)")
         for line in said[-LAST_LINES:]:
@@ -156,7 +160,7 @@ def losses(run: Path) -> list[float]:
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 480
     while len(losses(run)) < steps:
         if time.monotonic() > end:
             raise SystemExit(f"{run} does not come to step {steps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 import time
@@ -118,10 +119,13 @@ def _is_own(error: dict[str, Any]) -> bool:
 
 def _lost_machine(error: dict[str, Any], config: RunConfig) -> TuolingError:
     """All ranks of this machine lost those of another one."""
+    problem = re.sub(r"^\[[^\]]*\] ", "", error["problem"]).partition(". ")[
+        0
+    ]  # gloo's own source file, and its advice
     return TrainingError(
         tr(
-            f"rank {error['rank']} lost the other machines: {error['problem']}",
-            f"进程 {error['rank']} 与其他机器失去联系：{error['problem']}",
+            f"rank {error['rank']} lost the other machines: {problem}",
+            f"进程 {error['rank']} 与其他机器失去联系：{problem}",
         ),
         where=config.output_dir,
         remedy=tr(
