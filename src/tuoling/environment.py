@@ -388,6 +388,43 @@ def meeting_point() -> str:
     return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
 
 
+_CARRIED = ("TUOLING_LANG", "TUOLING_CACHE", "PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+_CARRIED_PREFIXES = ("NCCL_", "GLOO_")
+
+
+def for_other_machines() -> dict[str, str]:
+    """What the processes of a run on other machines are to find in their environment too. No secrets."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _CARRIED or name.startswith(_CARRIED_PREFIXES)
+    }
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface whose address other machines see when they and this one meet at `host`; None if unknown.
+
+    gloo looks this machine's own name up otherwise, which on many machines is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    import socket
+
+    import psutil
+
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            return name
+    return None
+
+
 def variables(**more: str) -> dict[str, str]:
     """What a process started from here finds in its environment; a number of threads the user chose stays."""
     if "OMP_NUM_THREADS" in os.environ:
