@@ -122,6 +122,10 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",
             ),
+            "data_shares": (
+                "Shares of the rows that `tuoling study` trains on, one run each: `[0.25, 0.5, 1.0]`.",
+                "`tuoling study` 各训练一次所用的数据比例：`[0.25, 0.5, 1.0]`。",
+            ),
             "max_seq_len": ("Longest example in tokens.", "每条样本最多多少个 token。"),
             "overlong": (
                 "What becomes of longer rows: stop and say how many; leave them out; cut the prompt from the left; "

@@ -70,7 +70,7 @@ def command(
             help=tr("the model, then the suite's file or folder", "模型，然后是评测文件或目录"),
         ),
     ],
-    suite: Annotated[str, typer.Option("--suite", help=SUITES)] = "mine",
+    suite: Annotated[str | None, typer.Option("--suite", help=SUITES)] = None,
     judge: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -151,7 +151,7 @@ def command(
     from tuoling.infer.endpoint import Endpoint
 
     if compare:
-        _compare(words, suite, out, as_json=as_json)
+        _compare(words, suite or "", out, as_json=as_json)
         return
     model, file = _named(words)
     load = {
@@ -166,7 +166,7 @@ def command(
     }
     asked = Evaluation(
         model,
-        suite=suite,
+        suite=suite or "mine",
         file=file,
         judge=Endpoint(
             *judge,

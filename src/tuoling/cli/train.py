@@ -92,6 +92,13 @@ def command(
     from tuoling.api import train
     from tuoling.train.launch import Launch
 
+    if loaded.config.data_shares:
+        console.note(
+            tr(
+                "data_shares is for `tuoling study`: all rows are trained on",
+                "data_shares 只用于 tuoling study：这里训练全部数据",
+            )
+        )
     launch = Launch(nproc, _numbers(devices), nnodes, node_rank, master)
     result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
     if environment.place().rank != 0:  # under torchrun the first one reports
