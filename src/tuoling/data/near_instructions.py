@@ -203,13 +203,13 @@ class Search:
         """Hyyrö's row of bits for each pair in one 64-bit word, all pairs a token of the longer text at a time."""
         short_PT, long_PT = self._padded(short, 0), self._padded(long, 1)
         width = short_PT.shape[1]
-        row = np.full(len(short), ~np.uint64(0))
-        bits = np.zeros((len(short), _WORD // 8), np.uint8)
+        row: NDArray[np.uint64] = np.full(len(short), ~np.uint64(0))
+        bits: NDArray[np.uint8] = np.zeros((len(short), _WORD // 8), np.uint8)
         for place in range(long_PT.shape[1]):
             packed = np.packbits(short_PT == long_PT[:, place, None], axis=1, bitorder="little")
             bits[:, : packed.shape[1]] = packed
             met = row & bits.view(np.uint64)[:, 0]
-            row = (row + met) | (row - met)
+            np.bitwise_or(row + met, row - met, out=row)
         inside = np.uint64((1 << width) - 1) if width < _WORD else ~np.uint64(0)
         return np.bitwise_count(~row & inside).astype(np.int64)
 
