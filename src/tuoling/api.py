@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from tuoling.errors import DataError
 from tuoling.language import tr
@@ -28,6 +28,7 @@ from tuoling.train.entry import train
 
 if TYPE_CHECKING:
     from tuoling.infer.engine import Engine, GenerationSettings, Reply
+    from tuoling.infer.open_engine import EngineOptions
     from tuoling.infer.predict import PredictReport
     from tuoling.infer.session import ChatSession
 
@@ -36,41 +37,16 @@ __all__ = ["Model", "load", "train"]
 Messages = str | Sequence[Mapping[str, str]] | Conversation
 
 
-def load(
-    path_or_id: str | Path,
-    *,
-    template: str | None = None,
-    base: str | None = None,
-    lora_alpha: float | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    allow_remote_code: bool = False,
-    quantization_bit: int | None = None,
-) -> Model:
-    """Load a run, an adapter, a model folder or a hub id; base, template and stops come from what lies there.
+def load(path_or_id: str | Path, **options: Unpack[EngineOptions]) -> Model:
+    """Load a run, an adapter, a model folder, a GGUF file or a hub id; base, template and stops come from what lies
+    there.
 
-    template: another template than the one it was tuned with. base: where an adapter's base lies now.
-    lora_alpha: of an adapter whose files do not say it.
-    dtype:    auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
-    quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
-    Raises ModelError or TemplateError.
+    Options are keyword arguments, all of them in `EngineOptions`: template, base, dtype, device, quantization_bit, …
+    Raises ModelError, TemplateError or UsageError.
     """
     from tuoling.infer.open_engine import open_engine
 
-    return Model(
-        open_engine(
-            str(path_or_id),
-            template=template,
-            base=base,
-            lora_alpha=lora_alpha,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            allow_remote_code=allow_remote_code,
-            quantization_bit=quantization_bit,
-        )
-    )
+    return Model(open_engine(str(path_or_id), **options))
 
 
 class Model:
@@ -123,12 +99,18 @@ class Model:
 
         return ChatSession(self.engine, self.settings(**settings), system=system)
 
-    def predict(self, rows: Iterable[Any], *, batch_size: int = 8, **settings: Any) -> list[dict[str, str]]:
-        """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default."""
+    def predict(
+        self, rows: Iterable[Any], *, batch_size: int = 8, n: int = 1, **settings: Any
+    ) -> list[dict[str, Any]]:
+        """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default.
+
+        n: answers a row, all of them in `answers`: drawn with seed, seed + 1, …; or the n best of `num_beams`.
+        """
         from tuoling.infer.predict import predict, question_of_record
 
         questions = [question_of_record(row) for row in rows]
-        return predict(self.engine, questions, self._for_prediction(settings), batch_size=batch_size)
+        chosen = self.settings_of_prediction(**settings)
+        return predict(self.engine, questions, chosen, batch_size=batch_size, n=n)
 
     def predict_file(
         self,
@@ -136,11 +118,12 @@ class Model:
         out: str | Path,
         *,
         batch_size: int = 8,
+        n: int = 1,
         format: str | None = None,
         columns: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> PredictReport:
-        """Predict the rows of files into a JSON array; after a kill the same call goes on where it was."""
+        """As `predict`, the rows of files into a JSON array; after a kill the same call goes on where it was."""
         from tuoling import console
         from tuoling.data.read import read_rows
         from tuoling.data.sources import resolve_sources
@@ -158,14 +141,15 @@ class Model:
                 self.engine,
                 rows,
                 Path(out),
-                self._for_prediction(settings),
+                self.settings_of_prediction(**settings),
                 batch_size=batch_size,
+                n=n,
                 step=step,
                 start=lambda total: bar.update(task, total=total),
             )
 
-    def _for_prediction(self, settings: Mapping[str, Any]) -> GenerationSettings:
-        """Greedy unless sampling is asked for: two predictions of one row are to be the same."""
+    def settings_of_prediction(self, **settings: Any) -> GenerationSettings:
+        """The model's own, but greedy unless sampling is asked for: two predictions of one row are to be the same."""
         greedy = replace(self.engine.defaults, do_sample=False, temperature=1.0, top_p=1.0, top_k=0)
         return greedy.with_values(settings)
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
 import pytest
 
-from tuoling.infer.engine import GenerationSettings, Piece, Reply, Score
+from tuoling.infer.engine import GenerationSettings, OneModel, Piece, Reply, Score, unknown_adapter
 from tuoling.infer.session import ChatSession
 from tuoling.infer.terminal import Terminal, pipe_reader
+from tuoling.infer.typewriter import Typewriter
 from tuoling.text.conversation import Conversation
 from tuoling.text.templates import get_template
 
 
-class ParrotEngine:
-    """Streams "<number of turns>:<question>" letter by letter. A turn is ten tokens."""
+class ParrotEngine(OneModel):
+    """Streams "<number of turns>:<question>" letter by letter. A turn is ten tokens. An answer goes on "，还有"."""
 
     name = "parrot"
     fingerprint = ""
@@ -37,11 +39,23 @@ class ParrotEngine:
     def count_tokens(self, conversation: Conversation) -> int:
         return 10 * len(conversation.turns)
 
+    def using(self, adapter: str) -> ParrotEngine:
+        if adapter not in self.adapters:
+            raise unknown_adapter(adapter, self.adapters)
+        twin = copy.copy(self)
+        twin.adapter = adapter
+        return twin
+
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         self.asked.append(conversation)
         text = f"{len(conversation.turns)}:{conversation.turns[-1].text}"
+        if conversation.answer is not None:
+            text = "，还有"
+        if settings.num_beams > 1:
+            yield from self._beams(text)
+            return
         try:
             for letter in text:
                 yield Piece(letter)
@@ -49,6 +63,14 @@ class ParrotEngine:
             self.cancelled = cancel is not None and cancel.is_set()
         reason = "length" if settings.max_new_tokens == 1 else "stop"
         yield Piece("", Reply(text, (), reason, 1, len(text)))  # type: ignore[arg-type]
+
+    def _beams(self, text: str) -> Generator[Piece]:
+        """Shows the text backwards first, and takes all but its first letter back."""
+        wrong = text[0] + text[:0:-1]
+        yield Piece(wrong, settled=1, beams=(wrong, text))
+        back = len(wrong) - 1
+        yield Piece(text[1:], back=back, settled=len(text), beams=(text, wrong))
+        yield Piece("", Reply(text, (), "stop", 1, len(text), (text, wrong)))
 
     def generate(
         self,
@@ -207,3 +229,116 @@ def test_a_question_too_long_is_an_error_and_leaves_no_trace(capsys: pytest.Capt
 def test_an_answer_that_was_cut_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     talk(ParrotEngine(), "/set max_new_tokens=1\n好\n")
     assert "cut after 3 tokens" in capsys.readouterr().err
+
+
+# -- beams, going on, summaries, statistics, history -----------------------------------------------------------
+
+
+def test_beams_on_a_pipe_are_written_when_they_stay_and_on_a_screen_taken_back() -> None:
+    lines = "/beams 3\n你好\n/beams\n"
+    out, code, session = talk(ParrotEngine(), lines)
+    assert (out, code) == ("1:你好\n1. 1:你好\n2. 1好你:\n", 0) and session.settings.num_beams == 3
+    assert session.conversation().turns[1].text == "1:你好"
+    shown, _, _ = talk(ParrotEngine(), "/beams 3\n你好\n", interactive=True)
+    assert shown == "1" + "好你:" + "\x1b[5D\x1b[K" + ":你好" + "\n", (
+        "five cells: two wide letters and a colon"
+    )
+
+
+def test_a_screen_shows_loose_text_only_up_to_its_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be taken back must not wrap: the cursor cannot go back over a line that scrolled away."""
+    monkeypatch.setenv("COLUMNS", "10")
+    out = io.StringIO()
+    typewriter = Typewriter(out, interactive=True)
+    typewriter.show(Piece("甲乙丙丁戊己庚", settled=1))
+    assert out.getvalue() == "甲" + "乙丙丁 ", "seven cells are left beside the cursor's own"
+    typewriter.show(Piece("", Reply("", (), "stop", 1, 1)))
+    typewriter.end()
+    assert out.getvalue() == "甲乙丙丁 \x1b[7D\x1b[K乙丙丁戊己庚\n"
+
+
+def test_leaving_beams_midway_keeps_what_was_shown() -> None:
+    out = io.StringIO()
+    typewriter = Typewriter(out, interactive=True)
+    typewriter.show(Piece("好吗", settled=1))
+    typewriter.end()
+    assert out.getvalue() == "好吗\x1b[2D\x1b[K吗\n"
+
+
+def test_an_answer_is_gone_on_with() -> None:
+    engine = ParrotEngine()
+    out, code, session = talk(engine, "甲\n/continue\n/continue\n乙\n")
+    assert out.splitlines() == ["1:甲", "，还有", "，还有", "3:乙"] and code == 0
+    assert engine.asked[1].turns[-1].text == "1:甲" and engine.asked[2].answer == "1:甲，还有"
+    assert [turn.text for turn in session.conversation().turns[:2]] == ["甲", "1:甲，还有，还有"]
+
+
+def test_a_summary_takes_the_talks_place(tmp_path: Path) -> None:
+    engine = ParrotEngine()
+    engine.system = "短"
+    file = tmp_path / "rows.jsonl"
+    session = ChatSession(engine, engine.defaults, history=file)
+    for question in ("甲", "乙"):
+        list(session.ask(question))
+    list(session.summarise())
+    turns = session.conversation().turns
+    assert [turn.role for turn in turns] == ["system", "user", "assistant"]
+    assert "三句话" in turns[1].text and turns[2].text == f"6:{turns[1].text}"
+    assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 5, "the whole talk was kept first"
+    english = ChatSession(ParrotEngine(), engine.defaults)
+    list(english.ask("How are you?"))
+    list(english.summarise())
+    assert english.conversation().turns[0].text.startswith("Summarise our conversation")
+
+
+def test_a_summary_that_was_stopped_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ParrotEngine()
+    notes: list[str] = []
+    session = ChatSession(engine, engine.defaults, say=notes.append)
+    list(session.ask("甲"))
+    pieces = session.summarise()
+    next(pieces)
+    pieces.close()
+    assert session.conversation().turns[0].text == "甲" and session.turns == 1
+
+
+def test_stats_count_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    _, code, session = talk(ParrotEngine(context_tokens=45), "一\n二\n三\n/stats\n")
+    err = capsys.readouterr().err
+    assert code == 0 and "context: 33 of 45 tokens (73%), 3 exchanges, 1 of them not seen any more" in err
+    stats = session.stats
+    assert stats is not None and stats.completion_tokens == 3 and 0 <= stats.first_s <= stats.seconds
+    assert stats.tokens_per_s == pytest.approx(3 / stats.seconds)
+
+
+def test_another_adapter_goes_on_with_the_talk(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ParrotEngine()
+    engine.adapters, engine.adapter = ("law", "base"), "law"
+    out, code, session = talk(engine, "甲\n/adapter base\n乙\n/adapter\n/adapter tax\n")
+    assert out == "1:甲\n3:乙\n" and code == 1 and session.engine.adapter == "base"
+    err = capsys.readouterr().err
+    assert "  law\n* base\n" in err and "no adapter is called tax" in err
+
+
+@pytest.mark.parametrize("line", ["/continue", "/summarise", "/stats", "/beams", "/beams many", "/adapter x"])
+def test_commands_without_anything_to_work_on(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out, code, _ = talk(ParrotEngine(), f"{line}\n好\n")
+    assert (out, code) == ("1:好\n", 1) and "Error" in capsys.readouterr().err
+
+
+def test_history_gets_every_talk_once_as_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "talks.jsonl"
+    engine = ParrotEngine()
+    session = ChatSession(engine, engine.defaults, history=file)
+    session.finish()
+    assert not file.exists(), "nothing was said"
+    list(session.ask("甲"))
+    session.new()
+    list(session.ask("乙"))
+    list(session.ask("丙"))
+    session.finish()
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [[turn["content"] for turn in row["messages"]] for row in rows] == [
+        ["甲", "1:甲"],
+        ["乙", "1:乙", "丙", "3:丙"],
+    ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from tests.openai_server import FakeOpenAI, Fault, serve
+from tests.openai_server import FakeOpenAI, Fault, last_user_text, serve
 
 from tuoling.errors import EndpointError, UsageError
 from tuoling.infer.client import Client
@@ -231,6 +233,15 @@ def test_a_stream_that_breaks_keeps_what_came_and_is_not_asked_again(server: Fak
 def test_many_at_once_and_each_once(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 500) if number % 5 == 1 else None
     asked = [([{"role": "user", "content": f"第{n}题"}], {"temperature": 0.0}) for n in range(40)]
+    together = threading.Barrier(2)
+
+    def answer(body: dict[str, Any]) -> str:
+        text = last_user_text(body)
+        if text in ("第0题", "第2题"):  # neither goes on without the other
+            together.wait(30)
+        return text
+
+    server.answer = answer
     with client(server, concurrency=8) as one:
         done = dict(one.map(asked))
     assert {index: found.text for index, found in done.items() if not isinstance(found, EndpointError)} == {
@@ -255,8 +266,18 @@ def test_an_endpoint_that_goes_down_ends_the_batch_and_keeps_what_came(server: F
     with client(server, concurrency=2) as one, pytest.raises(EndpointError, match="401"):
         for index, _ in one.map(asked):
             done.append(index)
-    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert len(done) == 5 == len(server.answered)
     assert len(server.requests) <= 7  # nothing new was sent after the refusal
+
+
+def test_five_failures_in_a_row_are_an_endpoint_that_is_down(server: FakeOpenAI) -> None:
+    server.fault_of = lambda number, body: Fault("status", 500) if number >= 10 else None
+    asked = [([{"role": "user", "content": str(n)}], {}) for n in range(100)]
+    found = []
+    with client(server, concurrency=1, max_retries=1) as one, pytest.raises(EndpointError, match="500"):
+        found += [answer for _, answer in one.map(asked)]
+    assert len(server.requests) == 10 + 5 * 2
+    assert len(server.answered) == 10
 
 
 class Clock:

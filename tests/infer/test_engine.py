@@ -8,7 +8,7 @@ import pytest
 
 from tuoling.errors import UsageError
 from tuoling.infer.engine import GenerationSettings, PromptTooLong, settings_from_config
-from tuoling.infer.memory import fit_conversation
+from tuoling.infer.memory import fit_conversation, prompt_budget
 from tuoling.infer.stops import StopFilter, cut_at_stop
 from tuoling.text.conversation import Conversation, Turn
 
@@ -57,6 +57,8 @@ def test_a_sampling_knob_turns_sampling_on_and_idle_ones_are_named() -> None:
     still = GenerationSettings().with_values({"top_k": 5, "do_sample": False})
     assert not still.samples and still.idle_knobs() == ["top_k"]
     assert GenerationSettings().idle_knobs() == []
+    seeded = GenerationSettings().with_values({"seed": 3})
+    assert seeded.idle_knobs() == ["seed"] and seeded.with_values({"top_k": 3}).idle_knobs() == []
 
 
 def test_a_folder_may_say_what_we_do_not_know() -> None:
@@ -124,11 +126,11 @@ def count(conversation: Conversation) -> int:
 
 
 def test_whole_exchanges_go_oldest_first_and_system_and_question_stay() -> None:
-    kept, dropped = fit_conversation(talk(4), 60, count)
-    assert dropped == 2
+    kept, dropped, tokens = fit_conversation(talk(4), 60, count)
+    assert (dropped, tokens) == (2, 60)
     assert [turn.text for turn in kept.turns] == ["s", "q2", "a2", "q3", "a3", "new"]
-    assert fit_conversation(talk(4), 100, count) == (talk(4), 0)
-    assert fit_conversation(talk(4), None, count) == (talk(4), 0)
+    assert fit_conversation(talk(4), 100, count) == (talk(4), 0, 100)
+    assert fit_conversation(talk(4), None, count) == (talk(4), 0, 100)
     assert [turn.text for turn in fit_conversation(talk(4), 29, count)[0].turns] == ["s", "new"]
     assert [turn.text for turn in fit_conversation(talk(3, ""), 39, count)[0].turns] == ["q2", "a2", "new"]
 
@@ -136,3 +138,39 @@ def test_whole_exchanges_go_oldest_first_and_system_and_question_stay() -> None:
 def test_a_question_too_long_by_itself_is_an_error_with_the_number() -> None:
     with pytest.raises(PromptTooLong, match="20 tokens, there is room for 19"):
         fit_conversation(talk(4), 19, count)
+
+
+def test_any_budget_drops_as_little_as_a_walk_would_and_counts_seldom() -> None:
+    """Exchanges of unlike length; the oracle drops one after another. Counting is tokenising: it is done rarely."""
+    turns = [Turn(("user", "assistant")[place % 2], "x" * (1 + place * 7 % 11)) for place in range(41)]
+    conversation = Conversation(tuple(turns))
+    calls = 0
+
+    def letters(part: Conversation) -> int:
+        nonlocal calls
+        calls += 1
+        return sum(len(turn.text) for turn in part.turns)
+
+    for budget in range(letters(Conversation((turns[-1],))), letters(conversation) + 2):
+        walk = next(n for n in range(21) if sum(len(turn.text) for turn in turns[2 * n :]) <= budget)
+        calls = 0
+        kept, dropped, tokens = fit_conversation(conversation, budget, letters)
+        assert (dropped, kept.turns) == (walk, tuple(turns[2 * walk :])) and calls <= 7
+        assert tokens == sum(len(turn.text) for turn in kept.turns)
+
+
+def test_an_answer_that_is_gone_on_with_keeps_its_question() -> None:
+    going_on = talk(3).answered("so far")
+    kept, dropped, _ = fit_conversation(going_on, 39, count)
+    assert [turn.text for turn in kept.turns] == ["s", "new", "so far"] and dropped == 3
+    with pytest.raises(PromptTooLong, match="30 tokens, there is room for 29"):
+        fit_conversation(going_on, 29, count)
+
+
+def test_budgets() -> None:
+    """An answer's room first, never more than half; the user's limit cannot exceed the model's."""
+    assert prompt_budget(None, 2048, 512) == (1536, 2048)
+    assert prompt_budget(None, 100, 512) == (50, 100)
+    assert prompt_budget(300, 2048, 100) == (200, 300)
+    assert prompt_budget(9000, 2048, 48) == (2000, 2048)
+    assert prompt_budget(None, None, 96) == (4000, 4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from tests.tiny import tiny_model
 
 from tuoling.infer.engine import GenerationSettings, PromptTooLong, Reply
-from tuoling.infer.torch_engine import TorchEngine, _reply_processors
+from tuoling.infer.sampling import reply_processors
+from tuoling.infer.torch_engine import TorchEngine
 from tuoling.models.load import find_model, load_model, load_tokenizer
 from tuoling.text.conversation import Conversation, Turn
 from tuoling.text.templates import get_template
@@ -80,23 +82,26 @@ def test_rows_that_end_early_do_not_change_the_others(engine: TorchEngine, resto
         assert reply.finish_reason == ("stop" if end in ids else "length")
 
 
-def streamed(engine: TorchEngine, text: str, settings: GenerationSettings) -> tuple[str, Reply, int]:
+def streamed(engine: TorchEngine, text: str, settings: GenerationSettings) -> tuple[str, Reply]:
     pieces = list(engine.stream(ask(text), settings))
     assert pieces[-1].reply is not None and all(piece.reply is None for piece in pieces[:-1])
-    return "".join(piece.text for piece in pieces), pieces[-1].reply, len(pieces)
+    shown = ""
+    for piece in pieces:
+        shown = shown[: len(shown) - piece.back] + piece.text
+    return shown, pieces[-1].reply
 
 
 def test_stream_is_batch(engine: TorchEngine) -> None:
     for text, reply in zip(QUESTIONS, engine.generate([ask(t) for t in QUESTIONS], GREEDY), strict=True):
-        shown, last, count = streamed(engine, text, GREEDY)
-        assert (shown, last) == (reply.text, reply)
-        assert count > 2
+        assert streamed(engine, text, GREEDY) == (reply.text, reply)
+        assert len(list(engine.stream(ask(text), GREEDY))) > 2
 
 
 def test_one_beam_is_greedy_and_beams_find_better(engine: TorchEngine) -> None:
     settings = GenerationSettings(max_new_tokens=8, num_beams=4)
     conversations = [ask(text) for text in QUESTIONS]
     greedy = engine.generate(conversations, GenerationSettings(max_new_tokens=8))
+    assert all(not reply.beams for reply in greedy)
     assert greedy == engine.generate(conversations, GenerationSettings(max_new_tokens=8, num_beams=1))
     beams = engine.generate(conversations, settings)
     for text, many in zip(QUESTIONS, beams, strict=True):
@@ -115,17 +120,6 @@ def _nats(engine: TorchEngine, text: str, reply: Reply) -> float:
     with torch.no_grad():
         logits = engine.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
-
-
-def test_beams_come_whole_in_a_stream_and_say_so_once(
-    engine: TorchEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = GenerationSettings(max_new_tokens=8, num_beams=3)
-    engine._said_beams = False
-    for _ in range(2):
-        shown, last, count = streamed(engine, "你好", settings)
-        assert count == 1 and shown == engine.generate([ask("你好")], settings)[0].text == last.text
-    assert capsys.readouterr().err.count("beams") == 1
 
 
 # -- stops -----------------------------------------------------------------------------------------------------
@@ -157,7 +151,7 @@ def test_nothing_of_a_stop_string_is_shown(engine: TorchEngine, num_beams: int) 
             assert reply.completion_tokens < 24, "it stopped there and did not run on"
             assert stop in engine.tokenizer.decode(reply.token_ids)
             assert stop not in engine.tokenizer.decode(reply.token_ids[:-1]), "and not a token later"
-        assert streamed(engine, text, settings)[0] == reply.text
+        assert streamed(engine, text, settings) == (reply.text, reply)
 
 
 @pytest.mark.slow
@@ -198,13 +192,13 @@ def test_repetition_knobs_see_the_answer_only() -> None:
     """Prompt 5 6 7 (behind padding 3 3), answer 8 9 8: only 8 and 9 are penalised, only 9 is banned after 8."""
     ids = torch.tensor([[3, 3, 5, 6, 7, 8, 9, 8]])
     scores = torch.ones(1, 12)
-    penalised = _reply_processors(GenerationSettings(repetition_penalty=2.0), 5)(ids, scores.clone())
+    penalised = reply_processors(GenerationSettings(repetition_penalty=2.0), 5)(ids, scores.clone())
     assert penalised[0].tolist() == [0.5 if token in (8, 9) else 1.0 for token in range(12)]
-    banned = _reply_processors(GenerationSettings(no_repeat_ngram_size=2), 5)(ids, scores.clone())
+    banned = reply_processors(GenerationSettings(no_repeat_ngram_size=2), 5)(ids, scores.clone())
     assert [token for token in range(12) if banned[0, token] == -float("inf")] == [9]
-    free = _reply_processors(GenerationSettings(no_repeat_ngram_size=1), 5)(ids[:, :5], scores.clone())
+    free = reply_processors(GenerationSettings(no_repeat_ngram_size=1), 5)(ids[:, :5], scores.clone())
     assert torch.equal(free, scores), "the first token of an answer is free"
-    assert len(_reply_processors(GenerationSettings(), 5)) == 0
+    assert len(reply_processors(GenerationSettings(), 5)) == 0
 
 
 def test_no_repeat_holds_in_a_batch(engine: TorchEngine) -> None:
@@ -264,19 +258,48 @@ def test_context_limits(engine: TorchEngine, restore: None) -> None:
             call()
 
 
-def test_cancel_stops_within_a_token(engine: TorchEngine, restore: None) -> None:
-    engine.end_ids = set()
-    engine.context_tokens = None
-    cancel = threading.Event()
+def test_a_long_prompt_does_not_cut_the_answers_beside_it(engine: TorchEngine, restore: None) -> None:
+    free = engine.generate([ask(text) for text in QUESTIONS], GREEDY)
+    lengths = [len(engine.prompt_ids(ask(text))) for text in QUESTIONS]
+    engine.context_tokens = max(lengths) + 4
+    for length, before, reply in zip(
+        lengths, free, engine.generate([ask(text) for text in QUESTIONS], GREEDY), strict=True
+    ):
+        assert reply.token_ids == before.token_ids[: engine.context_tokens - length]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_cancel_stops_within_a_token_and_frees_the_memory(
+    engine: TorchEngine, restore: None, streamed: bool
+) -> None:
+    engine.end_ids, engine.context_tokens = set(), None
+    cancel, forwards = threading.Event(), []
     settings = GenerationSettings(max_new_tokens=5000)
-    pieces = []
-    for piece in engine.stream(ask("你好"), settings, cancel=cancel):
-        pieces.append(piece)
-        if len(pieces) == 5:
+    engine.generate([ask("你好")], GREEDY)  # what the first answer leaves behind for good
+    before = tensors_alive()
+
+    def count(*call: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 5:
             cancel.set()
-    reply = pieces[-1].reply
-    assert reply is not None and reply.finish_reason == "cancelled" and reply.completion_tokens < 200
-    assert reply.text == "".join(piece.text for piece in pieces)
+
+    hook = engine.model.register_forward_hook(count)
+    try:
+        if streamed:
+            pieces = list(engine.stream(ask("你好"), settings, cancel=cancel))
+            reply = pieces[-1].reply
+            assert reply is not None and reply.text == "".join(piece.text for piece in pieces)
+        else:
+            reply = engine.generate([ask("你好")], settings, cancel=cancel)[0]
+    finally:
+        hook.remove()
+    assert (len(forwards), reply.completion_tokens, reply.finish_reason) == (5, 5, "cancelled")
+    assert tensors_alive() == before, "keys, values and sequences are gone"
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
 def test_leaving_a_stream_ends_its_thread(engine: TorchEngine, restore: None) -> None:

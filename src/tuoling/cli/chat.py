@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -69,12 +70,45 @@ Sample = Annotated[
     bool | None,
     typer.Option("--do-sample/--no-sample", help=tr("draw tokens, or take the best", "采样，或总取最优")),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        help=tr("one more adapter on the same base; may be repeated", "同一基座上的另一个适配器；可重复"),
+    ),
+]
+Merge = Annotated[
+    bool,
+    typer.Option(
+        "--merge",
+        help=tr("the adapter goes into the weights in memory: faster", "在内存中把适配器并入权重：更快"),
+    ),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="torch|llama.cpp|vllm",
+        help=tr("instead of what the path decides", "代替由路径决定的引擎"),
+    ),
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL[#MODEL],…",
+        help=tr("running servers that speak OpenAI's API", "正在运行的 OpenAI 接口服务，可用逗号分隔多个"),
+    ),
+]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help=tr("turns sampling on", "设置后开启采样"))
 ]
 TopP = Annotated[float | None, typer.Option("--top-p", help=tr("turns sampling on", "设置后开启采样"))]
 TopK = Annotated[int | None, typer.Option("--top-k", help=tr("turns sampling on", "设置后开启采样"))]
-Beams = Annotated[int | None, typer.Option("--num-beams", help=tr("beams; 1 is greedy", "束数；1 为贪心"))]
+Beams = Annotated[
+    int | None, typer.Option("--num-beams", "--beams", help=tr("beams; 1 is greedy", "束数；1 为贪心"))
+]
 Penalty = Annotated[
     float | None,
     typer.Option("--repetition-penalty", help=tr("on the answer only; 1 is off", "只作用于回答；1 为关闭")),
@@ -93,6 +127,7 @@ def command(
     base: Base = None,
     lora_alpha: LoraAlpha = None,
     max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
     do_sample: Sample = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -107,6 +142,19 @@ def command(
             "--memory-tokens", min=16, help=tr("limit of prompt and answer together", "提示与回答合计的上限")
         ),
     ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            "--history",
+            help=tr(
+                "append every talk to this file, as a training row", "把每段对话作为训练数据追加到该文件"
+            ),
+        ),
+    ] = None,
+    adapter: Adapters = None,
+    merge: Merge = False,
+    engine: Engine = None,
+    endpoint: Endpoint = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -116,11 +164,13 @@ def command(
     from tuoling import console
     from tuoling.api import load
     from tuoling.infer.engine import GenerationSettings
+    from tuoling.infer.open_engine import parse_adapters
     from tuoling.infer.session import ChatSession
     from tuoling.infer.terminal import Terminal, pipe_reader, terminal_reader, warn_idle
 
     values = {
         "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
         "do_sample": do_sample,
         "temperature": temperature,
         "top_p": top_p,
@@ -141,12 +191,21 @@ def command(
         device=device,
         quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
+        adapters=parse_adapters(adapter or []),
+        merge=merge,
+        engine=engine,
+        endpoint=endpoint,
     ) as model:
         settings = model.settings(**values)
         session = ChatSession(
-            model.engine, settings, system=system, memory_tokens=memory_tokens, say=console.note
+            model.engine,
+            settings,
+            system=system,
+            memory_tokens=memory_tokens,
+            history=history,
+            say=console.note,
         )
-        warn_idle(session)
+        warn_idle(session.settings)
         interactive = sys.stdin.isatty()
         if interactive:
             console.note(tr("/help lists the commands, /exit leaves", "输入 /help 查看命令，/exit 退出"))
@@ -156,5 +215,8 @@ def command(
             out=sys.stdout,
             interactive=interactive,
         )
-        code = terminal.run()
+        try:
+            code = terminal.run()
+        finally:
+            session.finish()
     raise typer.Exit(code)

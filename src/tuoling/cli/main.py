@@ -39,8 +39,12 @@ FIRST = (
     "show",
     "plan",
     "train",
+    "resume",
+    "continue",
+    "replay",
     "report",
     "predict",
+    "evaluate",
     "chat",
 )
 """The order of help: the way a user goes. Commands not named here follow by the alphabet."""

@@ -204,12 +204,12 @@ class Search:
         short_PT, long_PT = self._padded(short, 0), self._padded(long, 1)
         width = short_PT.shape[1]
         row: NDArray[np.uint64] = np.full(len(short), ~np.uint64(0))
-        bits: NDArray[np.uint8] = np.zeros((len(short), _WORD // 8), np.uint8)
+        bits = np.zeros((len(short), _WORD // 8), np.uint8)
         for place in range(long_PT.shape[1]):
             packed = np.packbits(short_PT == long_PT[:, place, None], axis=1, bitorder="little")
             bits[:, : packed.shape[1]] = packed
-            met = row & bits.view(np.uint64)[:, 0]
-            np.bitwise_or(row + met, row - met, out=row)
+            met: NDArray[np.uint64] = row & bits.view(np.uint64)[:, 0]
+            row = (row + met) | (row - met)
         inside = np.uint64((1 << width) - 1) if width < _WORD else ~np.uint64(0)
         return np.bitwise_count(~row & inside).astype(np.int64)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +38,8 @@ Messages = Sequence[Mapping[str, Any]]
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 60.0
+FAILURES_IN_A_ROW = 5
+"""Requests, each tried to the end, after which an endpoint counts as down."""
 
 
 class Client:
@@ -80,17 +82,24 @@ class Client:
 
     def models(self) -> list[str]:
         """Names the endpoint says it serves. Raises EndpointError."""
+        return list(self.contexts())
+
+    def contexts(self) -> dict[str, int | None]:
+        """Names the endpoint serves, with the tokens of prompt and answer together where it says them (vLLM does)."""
         body, _ = self._tried(lambda: self._read(self._http.get("models")))
-        return [
-            str(entry["id"]) for entry in body.get("data") or [] if isinstance(entry, dict) and "id" in entry
-        ]
+        cards = [card for card in body.get("data") or [] if isinstance(card, dict) and "id" in card]
+        limits = [card.get("max_model_len") for card in cards]
+        return {
+            str(card["id"]): limit if isinstance(limit, int) else None
+            for card, limit in zip(cards, limits, strict=True)
+        }
 
     def chat(self, messages: Messages, **options: Any) -> Completion:
         """The answer to a conversation. Raises EndpointError when every try has failed."""
         return self._ask("chat/completions", {"messages": list(messages)}, options)
 
-    def complete(self, prompt: str, **options: Any) -> Completion:
-        """What comes after a text, without a template. Raises EndpointError."""
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> Completion:
+        """What comes after a text or after token ids, without a template. Raises EndpointError."""
         return self._ask("completions", {"prompt": prompt}, options)
 
     def _ask(self, route: str, what: Mapping[str, Any], options: Mapping[str, Any]) -> Completion:
@@ -106,16 +115,23 @@ class Client:
         completion, tries = self._tried(once)
         return with_tries(completion, tries)
 
-    def stream(self, messages: Messages, **options: Any) -> Iterator[Delta]:
+    def stream(self, messages: Messages, **options: Any) -> Generator[Delta]:
         """The answer piece by piece. Tried again only until its first piece; then a break raises StreamBroken."""
-        what = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
+        return self._pieces("chat/completions", {"messages": list(messages)}, options)
+
+    def stream_completion(self, prompt: str | Sequence[int], **options: Any) -> Generator[Delta]:
+        """As `stream`, of what comes after a text or after token ids."""
+        return self._pieces("completions", {"prompt": prompt}, options)
+
+    def _pieces(self, route: str, asked: Mapping[str, Any], options: Mapping[str, Any]) -> Generator[Delta]:
+        what = {**asked, "stream": True, "stream_options": {"include_usage": True}}
         estimate = estimate_tokens(what, options)
         ticket: Ticket | None = None
 
         def opened() -> httpx2.Response:
             nonlocal ticket
             ticket = self._limit.take(estimate)
-            request = self._http.build_request("POST", "chat/completions", json=self._body(what, options))
+            request = self._http.build_request("POST", route, json=self._body(what, options))
             response = self._http.send(request, stream=True)
             if response.status_code != 200:
                 response.read()
@@ -137,9 +153,11 @@ class Client:
         """(index, answer or error) of many requests as they finish, `concurrency` at once.
 
         `requests` is read as workers come free, so it may depend on the answers so far. An error that would meet
-        every request (no such model, key refused, nobody there) is raised after the answers that were under way.
+        every request (no such model, key refused, nobody there), or the last of FAILURES_IN_A_ROW that were not about
+        the request itself, is raised after the answers that were under way.
         """
         lasting: EndpointError | None = None
+        in_a_row = 0
         numbered = enumerate(requests)
         with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
             running: dict[Future[Completion], int] = {}
@@ -154,13 +172,16 @@ class Client:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         index = running.pop(future)
-                        try:
+                        error = future.exception()
+                        if not isinstance(error, EndpointError):
+                            in_a_row = 0
                             yield index, future.result()
-                        except EndpointError as error:
-                            if error.lasting:
-                                lasting = lasting or error
-                            else:
-                                yield index, error
+                            continue
+                        in_a_row += error.status is None or error.status in RETRIED
+                        if error.lasting or in_a_row >= FAILURES_IN_A_ROW:
+                            lasting = lasting or error
+                        else:
+                            yield index, error
             except BaseException:  # Ctrl-C, or the reader went away: nobody waits for retries
                 self._stop.set()
                 raise
@@ -249,7 +270,7 @@ class Client:
                 last = {**last, **{name: value for name, value in body.items() if value}}
                 for choice in body.get("choices") or []:
                     finish = choice.get("finish_reason") or finish
-                    piece = text_of(choice.get("delta") or {})
+                    piece = text_of(choice.get("delta") or choice)
                     if piece:
                         text += piece
                         yield Delta(piece)

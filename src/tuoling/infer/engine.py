@@ -6,7 +6,7 @@ tokens is the engine's own affair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from threading import Event
 from typing import Any, Literal, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from tuoling.errors import ModelError, UsageError
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation
+from tuoling.text.render import Segment
 from tuoling.text.templates import Template
 from tuoling.text.tokenizer import TextTokenizer
 
@@ -32,6 +33,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 _SAMPLING = ("temperature", "top_p", "top_k")
+
+BASE = "base"
+"""The name under which the bare weights are chosen among the adapters that stand on them."""
 
 
 class PromptTooLong(ModelError):
@@ -91,11 +95,12 @@ class GenerationSettings:
         return replace(self, **given)
 
     def idle_knobs(self) -> list[str]:
-        """Names of sampling knobs that are set and change nothing."""
+        """Names of knobs that are set and change nothing: those of sampling, and the seed, where nothing is drawn."""
         standard = GenerationSettings()
         if self.samples:
             return []
-        return [name for name in _SAMPLING if getattr(self, name) not in (getattr(standard, name), 0)]
+        idle = [name for name in _SAMPLING if getattr(self, name) not in (getattr(standard, name), 0)]
+        return idle if self.seed is None else [*idle, "seed"]
 
 
 def settings_from_config(config: Mapping[str, Any]) -> GenerationSettings:
@@ -148,21 +153,45 @@ def _out_of_range(name: str, value: float, low: float, high: float) -> UsageErro
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer. token_ids: what was generated, without the end token; `text` ends before a stop string."""
+    """A whole answer. token_ids: what was generated, without the end token; `text` ends before a stop string.
+
+    beams: the texts of all beams, the best first (it is `text`); empty without beam search.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    beams: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next piece of an answer: text to append. The last piece carries the whole reply as well."""
+    """The next piece of an answer: take `back` characters off the end of what is shown, then append `text`.
+
+    Only beam search takes anything back, when another beam becomes the best one.
+    settled: how much of what is shown then, in characters, will never be taken back; None: all of it.
+    beams:   the texts of the running beams, the best first; empty without beam search.
+    The last piece carries the whole reply as well, and what is shown then is the reply's text.
+    """
 
     text: str
     reply: Reply | None = None
+    back: int = 0
+    settled: int | None = None
+    beams: tuple[str, ...] = ()
+
+
+def append_only(pieces: Iterable[Piece]) -> Generator[Piece]:
+    """The same answer for those who cannot take anything back (a pipe, an HTTP client): text comes when it is settled."""
+    shown, said = "", 0
+    for piece in pieces:
+        shown = shown[: len(shown) - piece.back] + piece.text
+        settled = len(shown) if piece.settled is None else piece.settled
+        if settled > said or piece.reply is not None:
+            yield Piece(shown[said:settled], piece.reply, beams=piece.beams)
+            said = settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,21 +214,36 @@ class Engine(Protocol):
     """Changes whenever the answers to the same questions may have."""
     context_tokens: int | None
     """Prompt and answer together; None where the model sets no limit."""
+    adapter: str | None
+    """Which of `adapters` answers here; None without any."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names for `using`: the adapters on one base, the one opened first in front, and BASE. () without any."""
+        ...
+
+    def using(self, adapter: str) -> Engine:
+        """The engine of another adapter on the same weights, with that adapter's own template, stops and settings.
+
+        They may be used at the same time. Closing one closes all. Raises UsageError for a name that is not there.
+        """
+        ...
 
     def prompt_text(self, conversation: Conversation) -> str:
         """The prompt as text, without the begin token."""
         ...
 
     def count_tokens(self, conversation: Conversation) -> int:
-        """Tokens of the prompt that this conversation (ending with a user turn) becomes."""
+        """Tokens of the prompt that this conversation becomes."""
         ...
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Answer piece by piece: whole characters, nothing of a stop string. The last piece has the reply.
 
-        `cancel` stops within one token. Raises PromptTooLong.
+        A conversation that ends with an answer is gone on with. `cancel` stops within one token, and so does leaving
+        the iterator (close it: `contextlib.closing`). Raises PromptTooLong.
         """
         ...
 
@@ -222,19 +266,49 @@ class Engine(Protocol):
         ...
 
 
+class OneModel:
+    """Part of an engine that has no adapters to choose from."""
+
+    adapters: tuple[str, ...] = ()
+    adapter: str | None = None
+
+    def using(self, adapter: str) -> Engine:
+        """There is nothing to choose."""
+        raise unknown_adapter(adapter, self.adapters)
+
+
+def unknown_adapter(asked: str, there: Sequence[str]) -> UsageError:
+    """The error of an adapter's name that nobody has."""
+    return UsageError(
+        tr(f"no adapter is called {asked}", f"没有名为 {asked} 的适配器"),
+        where="adapter",
+        remedy=tr("there are: ", "可用：") + ", ".join(there)
+        if there
+        else tr("load some: --adapter NAME=PATH", "先载入：--adapter 名字=路径"),
+    )
+
+
 class TemplatePrompts:
-    """Prompts of an engine that computes tokens itself: its template rendered, its tokenizer's ids."""
+    """Prompts of an engine that renders them itself: its template, its tokenizer's ids."""
 
     tokenizer: TextTokenizer
     template: Template
 
+    def _segments(self, conversation: Conversation) -> list[Segment]:
+        """The prompt as training rendered it; of a conversation that ends with an answer, up to where that goes on."""
+        if conversation.answer is None:
+            return self.template.prompt(conversation)
+        whole = self.template.render(conversation)
+        answer = max(place for place, segment in enumerate(whole) if segment.row and segment.reply)
+        return whole[: answer + 1]
+
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Token ids of the prompt, as training rendered it."""
-        return self.tokenizer.encode_segments(self.template.prompt(conversation))[0]
+        """Token ids of the prompt."""
+        return self.tokenizer.encode_segments(self._segments(conversation))[0]
 
     def prompt_text(self, conversation: Conversation) -> str:
         """The prompt as text, without begin and end tokens."""
-        return "".join(segment.text for segment in self.template.prompt(conversation))
+        return "".join(segment.text for segment in self._segments(conversation))
 
     def count_tokens(self, conversation: Conversation) -> int:
         """Tokens of the prompt."""

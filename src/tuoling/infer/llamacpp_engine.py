@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from threading import Event, Lock
 
 import numpy as np
 
 from tuoling.errors import UsageError
-from tuoling.infer.engine import GenerationSettings, Piece, PromptTooLong, Reply, Score, TemplatePrompts
+from tuoling.infer.engine import (
+    GenerationSettings,
+    OneModel,
+    Piece,
+    PromptTooLong,
+    Reply,
+    Score,
+    TemplatePrompts,
+)
 from tuoling.infer.llamacpp import LlamaModel, Sampler
 from tuoling.infer.llamacpp_tokenizer import GgufTokenizer
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
@@ -22,7 +30,7 @@ _SEEDS = 0xFFFFFFFF
 """llama.cpp's seeds have 32 bits, and the last of them means any."""
 
 
-class LlamaCppEngine(TemplatePrompts):
+class LlamaCppEngine(TemplatePrompts, OneModel):
     """Implements `Engine` with llama.cpp. One answer at a time; others wait for it."""
 
     name = "llama.cpp"
@@ -85,7 +93,7 @@ class LlamaCppEngine(TemplatePrompts):
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Answer piece by piece; what the context still holds of the talk is not computed again."""
         prompt = self.prompt_ids(conversation)
         self._require_room(len(prompt))

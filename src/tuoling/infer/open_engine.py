@@ -3,95 +3,140 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypedDict, Unpack
 
 from tuoling import console, environment
-from tuoling.errors import ModelError
+from tuoling.errors import ModelError, UsageError
 from tuoling.families import FAMILIES
-from tuoling.files import read_json, sha256_text
+from tuoling.files import sha256_text
 from tuoling.infer import gguf_keys
-from tuoling.infer.engine import Engine, GenerationSettings, settings_from_config
+from tuoling.infer.engine import Engine, settings_from_config
 from tuoling.language import tr
-from tuoling.models.quantization import chosen as chosen_quantization
-from tuoling.models.source import ModelSource, find_model, has_weights
+from tuoling.models.source import has_weights
 from tuoling.text.templates import choose_template
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
+class EngineOptions(TypedDict, total=False):
+    """What `open_engine` and `tuoling.load` take besides the path; each may be left out.
 
-def open_engine(
-    path_or_id: str,
-    *,
-    template: str | None = None,
-    base: str | None = None,
-    lora_alpha: float | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    allow_remote_code: bool = False,
-    quantization_bit: int | None = None,
-) -> Engine:
-    """Find, load and wrap a run, adapter, model folder or hub id.
-
-    template: overrides the one the weights were tuned with (a warning says so where they differ).
-    base:     overrides where an adapter's base lies. lora_alpha: of an adapter whose files do not say it.
+    template:   another one than the weights were tuned with (a warning says so).
+    base:       where an adapter's base lies now. lora_alpha: of an adapter whose files do not say it.
+    revision:   of a hub id.
+    dtype:      auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
     quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
+    allow_remote_code: run Python code from the model folder.
+    adapters:   more adapters on the same base, by name: `engine.using(name)`.
+    merge:      the adapter goes into the weights: faster, and the base alone cannot be asked any more.
+    engine:     torch | llama.cpp | vllm; None: what lies at the path decides, and an endpoint means vllm.
+    endpoint:   `URL` or `URL#MODEL` of an OpenAI-speaking server, or several behind commas; without one the engine
+                vllm starts its own.
+    concurrency: requests to each endpoint at once.
     """
+
+    template: str | None
+    base: str | None
+    lora_alpha: float | None
+    revision: str | None
+    dtype: str
+    device: str
+    quantization_bit: int | None
+    allow_remote_code: bool
+    adapters: Mapping[str, str] | None
+    merge: bool
+    engine: str | None
+    endpoint: str | None
+    concurrency: int | None
+
+
+ENGINES = ("torch", "llama.cpp", "vllm")
+
+
+def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
+    """Find, load and wrap a run, adapter, model folder, GGUF file or hub id. Raises ModelError, TemplateError."""
+    unknown = options.keys() - EngineOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"open_engine has no option {', '.join(sorted(unknown))}")
+    engine = _engine_asked(options)
+    if engine == "vllm":
+        from tuoling.infer.open_vllm import open_vllm
+
+        return open_vllm(path_or_id, options)
     file = gguf_file(path_or_id)
-    if file is not None:
-        if base is not None or quantization_bit is not None:
-            console.warn(tr("a GGUF file has its base and bits in it", "GGUF 文件自带基座与位数，该选项无效"))
-        return open_gguf(file, template=template, dtype=dtype, device=device)
-    source = find_model(path_or_id, revision=revision, base=base, lora_alpha=lora_alpha)
-    from tuoling.infer.torch_engine import TorchEngine
-    from tuoling.models.load import load_model, load_tokenizer
+    _require_fits(engine, path_or_id, file)
+    if file is None:
+        from tuoling.infer.open_torch import open_torch
 
-    tokenizer = load_tokenizer(source, for_training=False)
-    chosen, reason = choose_template(
-        requested=template,
-        saved=source.template,
-        tokenizer=tokenizer,
-        family_default=source.family.template,
-    )
-    changed = bool(template and source.template and template != source.template)
-    (console.warn if changed else console.note)(reason)
-    quantization = chosen_quantization(quantization_bit, source.quantization)
-    if quantization:
-        console.note(tr(f"base weights in {quantization}", f"基座权重为 {quantization}"))
-    model = load_model(
-        source,
-        dtype=dtype,
-        device=device,
-        for_training=False,
-        allow_remote_code=allow_remote_code,
-        quantization=quantization,
-    )
-    defaults, end_ids = _generation_config(source)
-    return TorchEngine(
-        model,
-        tokenizer,
-        chosen,
-        defaults=defaults,
-        stops=() if changed else source.stops,
-        end_ids=end_ids,
-        system=source.system,
-        fingerprint=sha256_text(f"{source.fingerprint()}\n{chosen.fingerprint()}\n{dtype}{quantization}"),
+        return open_torch(path_or_id, options)
+    fixed = [name for name in ("base", "quantization_bit", "adapters", "merge") if options.get(name)]
+    if fixed:
+        names = ", ".join(fixed)
+        console.warn(
+            tr(
+                f"a GGUF file has its base, adapter and bits in it: {names} without effect",
+                f"GGUF 文件自带基座、适配器与位数，以下选项无效：{names}",
+            )
+        )
+    return open_gguf(
+        file,
+        template=options.get("template"),
+        dtype=options.get("dtype", "auto"),
+        device=options.get("device", "auto"),
     )
 
 
-def _generation_config(source: ModelSource) -> tuple[GenerationSettings, Iterable[int]]:
-    """Settings and end tokens from the nearest generation_config.json: the adapter's, else the base's."""
-    for folder in (source.path, source.run_folder, source.weights_path):
-        file = folder / "generation_config.json"
-        if file.is_file():
-            config = read_json(file)
-            ends = config.get("eos_token_id")
-            ends = ends if isinstance(ends, list) else [ends]
-            return settings_from_config(config), [end for end in ends if isinstance(end, int)]
-    return GenerationSettings(), []
+def _engine_asked(options: EngineOptions) -> str | None:
+    """The engine's name; None: what lies at the path decides. Raises UsageError."""
+    engine, endpoint = options.get("engine"), options.get("endpoint")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(
+            tr(f"no engine is called {engine}", f"没有名为 {engine} 的引擎"),
+            where="--engine",
+            remedy=" | ".join(ENGINES),
+        )
+    if endpoint and engine not in (None, "vllm"):
+        raise UsageError(
+            tr(f"engine {engine} asks no server", f"引擎 {engine} 不使用服务器"),
+            where=f"--endpoint {endpoint}",
+            remedy=tr("leave one of the two away", "二者去掉其一"),
+        )
+    return "vllm" if endpoint else engine
+
+
+def _require_fits(engine: str | None, path: str, file: Path | None) -> None:
+    """Raise ModelError where the engine asked for cannot run what lies there."""
+    if engine == "torch" and file is not None:
+        raise ModelError(
+            tr("a GGUF file runs in llama.cpp, not in torch", "GGUF 文件由 llama.cpp 运行，不能用 torch"),
+            where=str(file),
+            remedy=f"tuoling convert {file} OUT --to hf",
+        )
+    if engine == "llama.cpp" and file is None:
+        raise ModelError(
+            tr("llama.cpp runs GGUF files; there is none", "llama.cpp 运行 GGUF 文件，这里没有"),
+            where=path,
+            remedy=f"tuoling convert {path} OUT.gguf --to gguf",
+        )
+
+
+def parse_adapters(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` or `PATH` (called by its folder's name) → {name: path}. Raises UsageError for a name given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or Path(word).exists():
+            name, path = Path(word).expanduser().resolve().name, word
+        if not name or not path or name in found:
+            raise UsageError(
+                tr(f"two adapters are called {name}", f"有两个适配器都叫 {name}")
+                if name in found
+                else tr(f"{word!r} is not NAME=PATH", f"{word!r} 不是 名字=路径"),
+                where="--adapter",
+                remedy="--adapter NAME=PATH",
+            )
+        found[name] = path
+    return found
 
 
 def gguf_file(path: str) -> Path | None:

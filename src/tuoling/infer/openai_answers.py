@@ -79,10 +79,17 @@ def text_of(message: Mapping[str, Any]) -> str:
 def estimate_tokens(what: Mapping[str, Any], options: Mapping[str, Any]) -> int:
     """Tokens a request may use before the server has counted: a token a Chinese character, one for 4 bytes of the
     rest, and the longest answer asked for."""
-    text = what.get("prompt") or "".join(text_of(message) for message in what.get("messages", ()))
-    wide = sum(1 for char in text if ord(char) > 0x2E7F)
     longest = options.get("max_tokens") or options.get("max_completion_tokens") or 512
-    return wide + (len(text) - wide) // 4 + 8 + int(longest)
+    text = what.get("prompt") or "".join(text_of(message) for message in what.get("messages", ()))
+    if not isinstance(text, str):  # token ids
+        return len(text) + int(longest)
+    return text_tokens(text) + 8 + int(longest)
+
+
+def text_tokens(text: str) -> int:
+    """An estimate for any tokenizer: a token a Chinese character, one for 4 bytes of the rest."""
+    wide = sum(1 for char in text if ord(char) > 0x2E7F)
+    return wide + (len(text) - wide) // 4
 
 
 def with_tries(completion: Completion, tries: int) -> Completion:

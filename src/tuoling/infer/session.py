@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 from tuoling.errors import OutputError, UsageError
 from tuoling.files import append_jsonl
-from tuoling.infer.engine import Engine, GenerationSettings, Piece
-from tuoling.infer.memory import fit_conversation
+from tuoling.infer.engine import Engine, GenerationSettings, Piece, Reply
+from tuoling.infer.memory import Fitted, dropped_note, fit_conversation, prompt_budget
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Turn
 
-_CONTEXT_WITHOUT_LIMIT = 4096
-"""Tokens of memory for models that name no limit (ALiBi): longer talks only get slower and worse."""
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Of the newest answer. first_s: until its first text. context_tokens: used of limit_tokens, answer included."""
+
+    completion_tokens: int
+    first_s: float
+    seconds: float
+    context_tokens: int
+    limit_tokens: int
+    dropped: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens a second, the reading of the prompt included."""
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
 class ChatSession:
@@ -27,15 +44,26 @@ class ChatSession:
         *,
         system: str | None = None,
         memory_tokens: int | None = None,
+        exchanges: Iterable[tuple[str, str]] = (),
+        history: Path | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """memory_tokens: limit of prompt and answer; the model's own context by default. say: takes notes."""
+        """memory_tokens: limit of prompt and answer; the model's own context by default. say: takes notes.
+
+        exchanges: questions and answers so far. history: a file that gets every talk as a training row when it is
+        over (`finish`, `new`).
+        """
         self.engine = engine
         self.settings = settings
         self.system = system if system is not None else engine.system
+        self.stats: Stats | None = None
+        self.reply: Reply | None = None
+        """The newest whole answer, with its beams."""
         self._memory_tokens = memory_tokens
+        self._history = history
         self._say = say
-        self._exchanges: list[tuple[str, str]] = []
+        self._exchanges = list(exchanges)
+        self._shown = ""
         self._said_dropped = 0
 
     @property
@@ -50,37 +78,83 @@ class ChatSession:
             turns += [Turn("user", question), Turn("assistant", answer)]
         return Conversation(tuple(turns))
 
+    # -- answers -----------------------------------------------------------------------------------------------
+
     def ask(self, question: str, *, cancel: Event | None = None) -> Generator[Piece]:
         """Stream the answer; it joins the history when the stream ends, or as far as it came when it is left.
 
         Raises PromptTooLong where the question alone does not fit.
         """
-        asked, dropped = fit_conversation(
-            self.conversation().asked(question), self._budget(), self.engine.count_tokens
-        )
-        if dropped > self._said_dropped:
-            self._say(
-                tr(
-                    f"the context is full: the oldest {dropped} exchanges are no longer seen by the model",
-                    f"上下文已满：模型不再看到最早的 {dropped} 轮对话",
-                )
-            )
-        self._said_dropped = dropped
-        parts: list[str] = []
         try:
-            for piece in self.engine.stream(asked, self.settings, cancel=cancel):
-                parts.append(piece.text)
-                yield piece
+            yield from self._stream(self.conversation().asked(question), cancel)
         finally:
-            if "".join(parts):
-                self._exchanges.append((question, "".join(parts)))
+            if self._shown:
+                self._exchanges.append((question, self._shown))
 
-    def _budget(self) -> int:
-        """Tokens of a prompt that leave room for an answer."""
-        limit = self._memory_tokens or self.engine.context_tokens or _CONTEXT_WITHOUT_LIMIT
-        if self.engine.context_tokens is not None:
-            limit = min(limit, self.engine.context_tokens)
-        return limit - min(self.settings.max_new_tokens, limit // 2)
+    def go_on(self, *, cancel: Event | None = None) -> Generator[Piece]:
+        """Stream more of the last answer, from where it was cut. Raises UsageError where there is none."""
+        if not self._exchanges:
+            raise UsageError(tr("there is no answer to go on with", "还没有可以续写的回答"))
+        question, so_far = self._exchanges[-1]
+        try:
+            yield from self._stream(self.conversation(), cancel)
+        finally:
+            self._exchanges[-1] = (question, so_far + self._shown)
+
+    def summarise(self, *, cancel: Event | None = None) -> Generator[Piece]:
+        """Stream a summary of the talk, which then stands in its place. A summary cut short or empty changes nothing.
+
+        Raises UsageError where there is nothing to sum up.
+        """
+        if not self._exchanges:
+            raise UsageError(tr("there is nothing to summarise", "还没有可以概括的对话"))
+        request = _summary_request(self._exchanges)
+        self.reply = None
+        yield from self._stream(self.conversation().asked(request), cancel)
+        if self.reply is None or self.reply.finish_reason == "cancelled" or not self._shown.strip():
+            self._say(tr("no summary came: the talk stays as it is", "没有得到概括：对话保持不变"))
+            return
+        self.finish()
+        self._exchanges = [(request, self._shown.strip())]
+        self._said_dropped = 0
+
+    def _stream(self, asked: Conversation, cancel: Event | None) -> Generator[Piece]:
+        """The engine's pieces; meanwhile `_shown` is what stands on the screen, and then come the stats."""
+        self._shown = ""
+        fitted = self._fit(asked)
+        started = time.perf_counter()
+        first_s: float | None = None
+        with closing(self.engine.stream(fitted.conversation, self.settings, cancel=cancel)) as pieces:
+            for piece in pieces:
+                if first_s is None and piece.text:
+                    first_s = time.perf_counter() - started
+                self._shown = self._shown[: len(self._shown) - piece.back] + piece.text
+                if piece.reply is not None:
+                    self._count(fitted, piece.reply, first_s, time.perf_counter() - started)
+                yield piece
+
+    def _fit(self, asked: Conversation) -> Fitted:
+        fitted = fit_conversation(asked, self._budget()[0], self.engine.count_tokens)
+        if fitted.dropped > self._said_dropped:
+            self._say(dropped_note(fitted.dropped))
+        self._said_dropped = fitted.dropped
+        return fitted
+
+    def _budget(self) -> tuple[int, int]:
+        return prompt_budget(self._memory_tokens, self.engine.context_tokens, self.settings.max_new_tokens)
+
+    def _count(self, fitted: Fitted, reply: Reply, first_s: float | None, seconds: float) -> None:
+        self.reply = reply
+        self.stats = Stats(
+            reply.completion_tokens,
+            seconds if first_s is None else first_s,
+            seconds,
+            fitted.tokens + reply.completion_tokens,
+            self._budget()[1],
+            fitted.dropped,
+        )
+
+    # -- what can be done to the talk --------------------------------------------------------------------------
 
     def retry(self) -> str | None:
         """Take back the last exchange and return its question; None where there is none."""
@@ -91,8 +165,10 @@ class ChatSession:
         return self.retry() is not None
 
     def new(self) -> None:
-        """Forget the exchanges; the system text stays."""
+        """Forget the exchanges, kept in the history file first; the system text stays."""
+        self.finish()
         self._exchanges.clear()
+        self.stats = self.reply = None
         self._said_dropped = 0
 
     def set(self, assignment: str) -> None:
@@ -104,6 +180,15 @@ class ChatSession:
                 remedy="/set temperature=0.7",
             )
         self.settings = self.settings.with_values({key.strip(): value.strip()})
+
+    def use(self, adapter: str) -> None:
+        """Go on with another adapter on the same base. Raises UsageError for a name that is not there."""
+        self.engine = self.engine.using(adapter)
+
+    def finish(self) -> None:
+        """Append the talk to the history file, where there is one and something was said."""
+        if self._history is not None and self._exchanges:
+            self.save(self._history)
 
     def save(self, path: Path) -> None:
         """Append the talk to a JSONL file as one row that can be trained on (OpenAI's `messages`)."""
@@ -118,3 +203,12 @@ class ChatSession:
             raise OutputError(
                 tr(f"cannot write: {error.strerror}", f"无法写入：{error.strerror}"), where=str(path)
             ) from error
+
+
+def _summary_request(exchanges: list[tuple[str, str]]) -> str:
+    """The question for a summary, in the language that the talk is in."""
+    text = "".join(question + answer for question, answer in exchanges)
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in text)
+    if 4 * chinese >= len(text):  # a word of English has about five letters, a word of Chinese one or two
+        return "请用三句话概括我们到目前为止的对话。"
+    return "Summarise our conversation so far in three sentences."

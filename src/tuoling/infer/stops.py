@@ -50,6 +50,12 @@ class StopFilter:
         self._held = ""
         self.stopped = False
 
+    def fork(self) -> StopFilter:
+        """A filter that has been given the same text and goes its own way."""
+        twin = StopFilter(self._stops)
+        twin._held, twin.stopped = self._held, self.stopped
+        return twin
+
     def push(self, text: str) -> str:
         """Text that is certain to be shown now."""
         if self.stopped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import TextIO
 
 from tuoling import console
 from tuoling.errors import TuolingError, UsageError
+from tuoling.infer.engine import GenerationSettings, Piece
 from tuoling.infer.session import ChatSession
+from tuoling.infer.typewriter import Typewriter, visible
 from tuoling.language import tr
 
 ReadLine = Callable[[], str | None]
@@ -25,16 +27,23 @@ def help_text() -> str:
         ("/system TEXT", tr("set the system prompt (empty: none)", "设置系统提示（留空则取消）")),
         ("/set key=value", tr("change a setting; alone: show all", "修改设置；不带参数则显示全部")),
         ("/retry", tr("answer the last question again", "重新回答上一个问题")),
+        ("/continue", tr("go on with an answer that was cut", "把被截断的回答接着写完")),
+        (
+            "/beams N",
+            tr("search with N beams; alone: show the other beams", "用 N 束搜索；不带参数则显示其他束"),
+        ),
+        ("/summarise", tr("put a summary in the talk's place", "用概括代替之前的对话")),
+        (
+            "/adapter NAME",
+            tr("answer with another adapter; alone: list them", "改用别的适配器；不带参数则列出"),
+        ),
+        ("/stats", tr("speed, and how much of the context is used", "速度，以及上下文用了多少")),
         ("/undo", tr("take back the last exchange", "撤回上一轮")),
         ("/save FILE", tr("append this talk to FILE as a training row", "把对话作为一条训练数据追加到文件")),
         ("/exit", tr("leave (Ctrl-D too)", "退出（或按 Ctrl-D）")),
     )
     keys = tr("Ctrl-C stops an answer.", "按 Ctrl-C 可中断回答。")
     return "\n".join([*(f"  {name:<16} {what}" for name, what in rows), f"  {keys}"])
-
-
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # C1: some terminals obey these too
 
 
 class Terminal:
@@ -83,6 +92,11 @@ class Terminal:
             "/system": self._system,
             "/set": self._set,
             "/retry": self._retry,
+            "/continue": lambda _: self._show(self._session.go_on),
+            "/beams": self._beams,
+            "/summarise": lambda _: self._show(self._session.summarise),
+            "/adapter": self._adapter,
+            "/stats": self._stats,
             "/undo": self._undo,
             "/save": self._save,
             "/help": lambda _: console.note(help_text()),
@@ -96,25 +110,28 @@ class Terminal:
         return True
 
     def _answer(self, question: str) -> None:
+        self._show(lambda *, cancel: self._session.ask(question, cancel=cancel))
+
+    def _show(self, ask: Callable[..., Generator[Piece]]) -> None:
+        """Write an answer as it comes; Ctrl-C stops it."""
         cancel = Event()
         cut_at = 0
-        with closing(self._session.ask(question, cancel=cancel)) as pieces:
+        typewriter = Typewriter(self._out, interactive=self._interactive)
+        with closing(ask(cancel=cancel)) as pieces:
             try:
                 for piece in pieces:
-                    self._out.write(visible(piece.text) if self._interactive else piece.text)
-                    self._out.flush()
+                    typewriter.show(piece)
                     if piece.reply is not None and piece.reply.finish_reason == "length":
                         cut_at = piece.reply.completion_tokens
             except KeyboardInterrupt:
                 cancel.set()  # closing the stream waits for the token that is being made
                 console.note(tr(" (stopped)", "（已停止）"))
-        self._out.write("\n")
-        self._out.flush()
+        typewriter.end()
         if cut_at:
             console.note(
                 tr(
-                    f"(cut after {cut_at} tokens; /set max_new_tokens=N for more)",
-                    f"（已在 {cut_at} 个 token 处截断；可用 /set max_new_tokens=N 加长）",
+                    f"(cut after {cut_at} tokens; /continue goes on, /set max_new_tokens=N makes answers longer)",
+                    f"（已在 {cut_at} 个 token 处截断；/continue 接着写，/set max_new_tokens=N 加长回答）",
                 )
             )
 
@@ -131,7 +148,7 @@ class Terminal:
     def _set(self, rest: str) -> None:
         if rest:
             self._session.set(rest)
-            warn_idle(self._session)
+            warn_idle(self._session.settings)
         else:
             for name, value in asdict(self._session.settings).items():
                 console.note(f"  {name} = {value}")
@@ -149,6 +166,46 @@ class Terminal:
             )
         self._answer(question)
 
+    def _beams(self, rest: str) -> None:
+        if rest:
+            self._session.set(f"num_beams={rest}")
+            warn_idle(self._session.settings)
+            return
+        beams = self._session.reply.beams if self._session.reply is not None else ()
+        if not beams:
+            raise UsageError(
+                tr("the last answer was found without beams", "上一个回答没有使用束搜索"), remedy="/beams 4"
+            )
+        for number, text in enumerate(beams, 1):
+            self._out.write(f"{number}. {visible(text) if self._interactive else text}\n")
+
+    def _adapter(self, rest: str) -> None:
+        if rest:
+            self._session.use(rest)
+        there, now = self._session.engine.adapters, self._session.engine.adapter
+        for name in there:
+            console.note(f"{'*' if name == now else ' '} {name}")
+        if not there:
+            console.note(tr("the model has no adapters", "该模型没有适配器"))
+
+    def _stats(self, rest: str) -> None:
+        stats = self._session.stats
+        if stats is None:
+            raise UsageError(tr("nothing was answered yet", "还没有回答过问题"))
+        share = stats.context_tokens / stats.limit_tokens
+        console.note(
+            tr(
+                f"{stats.completion_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_s:.1f} tokens/s), "
+                f"the first text after {stats.first_s:.2f} s\n"
+                f"context: {stats.context_tokens} of {stats.limit_tokens} tokens ({share:.0%}), "
+                f"{self._session.turns} exchanges, {stats.dropped} of them not seen any more",
+                f"{stats.completion_tokens} 个 token，用时 {stats.seconds:.2f} 秒"
+                f"（{stats.tokens_per_s:.1f} token/秒），首段文字用时 {stats.first_s:.2f} 秒\n"
+                f"上下文：{stats.context_tokens} / {stats.limit_tokens} 个 token（{share:.0%}），"
+                f"共 {self._session.turns} 轮，其中 {stats.dropped} 轮模型已看不到",
+            )
+        )
+
     def _undo(self, rest: str) -> None:
         if not self._session.undo():
             raise UsageError(tr("nothing to take back", "没有可以撤回的内容"))
@@ -162,14 +219,9 @@ class Terminal:
         console.note(tr(f"appended to {path}", f"已追加到 {path}"))
 
 
-def visible(text: str) -> str:
-    """Control characters as their pictures (␛ for ESC): what a model says must not steer the user's terminal."""
-    return text.translate(_PICTURES)
-
-
-def warn_idle(session: ChatSession) -> None:
-    """Say which sampling knobs change nothing."""
-    idle = session.settings.idle_knobs()
+def warn_idle(settings: GenerationSettings) -> None:
+    """Say which knobs are set and change nothing."""
+    idle = settings.idle_knobs()
     if idle:
         names = ", ".join(idle)
         console.warn(

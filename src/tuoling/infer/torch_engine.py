@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from queue import SimpleQueue
-from threading import Event, Thread
+import gc
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from tuoling import console
+from tuoling.infer.beams import BeamText, BeamWatch
 from tuoling.infer.engine import (
     GenerationSettings,
     Piece,
@@ -28,9 +20,12 @@ from tuoling.infer.engine import (
     Reply,
     Score,
     TemplatePrompts,
+    unknown_adapter,
 )
-from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
-from tuoling.language import tr
+from tuoling.infer.hooks import StopStrings, TokenStreamer, in_thread
+from tuoling.infer.sampling import Draws, reply_processors, seeded
+from tuoling.infer.stops import StopFilter, reply_of
+from tuoling.models.adapter_switch import AdapterSwitch
 from tuoling.text.conversation import IGNORE_INDEX, Conversation
 from tuoling.text.templates import Template
 from tuoling.text.tokenizer import StreamDecoder, TextTokenizer
@@ -57,12 +52,27 @@ class TorchEngine(TemplatePrompts):
         end_ids: Iterable[int] = (),
         system: str | None = None,
         fingerprint: str = "",
+        adapter: str | None = None,
+        layers: str | None = None,
+        beside: TorchEngine | None = None,
     ) -> None:
-        """stops, end_ids: what ends a reply besides the template's stops and the tokenizer's end token."""
+        """stops, end_ids: what ends a reply besides the template's stops and the tokenizer's end token.
+
+        adapter: its name for `using`; None for a model without adapters. layers: PEFT's name of its layers; None: the
+        bare base answers. beside: an engine on the same model, which knows this one by `adapter` from now on.
+        """
+        if beside is None:
+            # else transformers fills what our settings leave at its own defaults from the folder's file
+            for part in (model, _generating(model)):
+                part.generation_config = GenerationConfig()
         self.model = model.eval()
-        # else transformers fills what our settings leave at its own defaults from the folder's file
-        for part in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
-            part.generation_config = GenerationConfig()
+        self.adapter = adapter
+        self._layers = layers
+        self._family: dict[str, TorchEngine] = beside._family if beside else {}
+        self._switch: AdapterSwitch | None = beside._switch if beside else None
+        if adapter is not None:
+            self._family[adapter] = self
+            self._switch = self._switch or AdapterSwitch(model, layers)
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults or GenerationSettings()
@@ -74,7 +84,31 @@ class TorchEngine(TemplatePrompts):
             token_id for token_id in (tokenizer.eos_id, *end_ids, *as_tokens) if token_id is not None
         }
         self.context_tokens = _context_tokens(model.config)
-        self._said_beams = False
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names for `using`, the one that was opened first in front."""
+        return tuple(self._family)
+
+    def using(self, adapter: str) -> TorchEngine:
+        """The engine of another adapter on the same weights."""
+        if adapter not in self._family:
+            raise unknown_adapter(adapter, self.adapters)
+        return self._family[adapter]
+
+    @property
+    def layers(self) -> str | None:
+        """PEFT's name of this engine's adapter in the model; None: the bare base answers."""
+        return self._layers
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """Within, forwards of this thread run with this engine's adapter; those of other threads with theirs."""
+        if self._switch is None:
+            yield
+            return
+        with self._switch.using(self._layers):
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +116,12 @@ class TorchEngine(TemplatePrompts):
         return self.model.get_input_embeddings().weight.device
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory, for all adapters on it."""
         on_cuda = self.device.type == "cuda"
-        self.model = None
+        for engine in (self, *self._family.values()):
+            engine.model = engine._switch = None
+        self._family.clear()
+        gc.collect()  # hooks and PEFT's wrappers refer to each other
         if on_cuda:
             torch.cuda.empty_cache()
 
@@ -101,59 +138,69 @@ class TorchEngine(TemplatePrompts):
         if not conversations:
             return []
         prompts = [self.prompt_ids(conversation) for conversation in conversations]
-        replies = self._run(prompts, settings, cancel=cancel or Event())
-        return [
-            self._reply(ids, len(prompt), settings, cancel)
-            for ids, prompt in zip(replies, prompts, strict=True)
-        ]
+        cancel = cancel or Event()
+        beams = settings.num_beams
+        replies: dict[int, Reply] = {}
+        for batch in self._batches(prompts, settings):
+            rows = self._run([prompts[place] for place in batch], settings, cancel=cancel)
+            for number, place in enumerate(batch):
+                of_row = rows[number * beams : (number + 1) * beams]
+                replies[place] = self._reply(of_row, prompts[place], settings, cancel)
+        return [replies[place] for place in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[list[int]]:
+        """Places of the prompts that may run together: their answers have the same room, or one would cut another.
+
+        Drawn beams run alone: transformers draws them for a whole batch from one stream of numbers.
+        """
+        if settings.samples and settings.num_beams > 1:
+            return [[place] for place in range(len(prompts))]
+        of_limit: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            limit = min(self._require_room(len(prompt), settings), settings.max_new_tokens)
+            of_limit.setdefault(limit, []).append(place)
+        return list(of_limit.values())
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
-    ) -> Iterator[Piece]:
-        """Answer piece by piece. Beams are searched to the end first and come as one piece."""
-        if settings.num_beams > 1:
-            if not self._said_beams:
-                console.note(tr("beams: the answer comes whole", "束搜索：答案会一次性给出"))
-                self._said_beams = True
-            reply = self.generate([conversation], settings, cancel=cancel)[0]
-            yield Piece(reply.text, reply)
-            return
+    ) -> Generator[Piece]:
+        """Answer piece by piece. With beams the best running one is shown, and taken back where another overtakes it."""
         prompt = self.prompt_ids(conversation)
         self._require_room(len(prompt), settings)
-        yield from self._stream_tokens(prompt, settings, cancel or Event())
+        cancel = cancel or Event()
+        watch = self._beams if settings.num_beams > 1 else self._tokens
+        yield from watch(prompt, settings, cancel)
 
-    def _stream_tokens(
-        self, prompt: list[int], settings: GenerationSettings, cancel: Event
-    ) -> Iterator[Piece]:
-        """transformers runs in a thread of its own and hands tokens over; leaving the iterator stops it."""
-        inbox: SimpleQueue[int | Exception | None] = SimpleQueue()
-        finished: list[list[int]] = []
-
-        def work() -> None:
-            try:
-                finished.extend(self._run([prompt], settings, cancel=cancel, on_token=inbox.put))
-                inbox.put(None)
-            except Exception as error:
-                inbox.put(error)
-
-        worker = Thread(target=work, name="tuoling-generate", daemon=True)
-        worker.start()
+    def _tokens(self, prompt: list[int], settings: GenerationSettings, cancel: Event) -> Generator[Piece]:
         decoder = StreamDecoder(self.tokenizer)
         gate = StopFilter((*self.stops, *settings.stop))
         ended = False
-        try:
-            while (token := inbox.get()) is not None:
-                if isinstance(token, Exception):
-                    raise token
+        finished: list[list[int]] = []
+
+        def work(put: Callable[[Any], None]) -> None:
+            finished.extend(self._run([prompt], settings, cancel=cancel, on_token=put))
+
+        with closing(in_thread(work, cancel)) as tokens:
+            for token in tokens:
                 ended = ended or token in self.end_ids
                 text = "" if ended else gate.push(decoder.push(token))
                 if text:
                     yield Piece(text)
-            rest = gate.push(decoder.flush()) + gate.flush()
-            yield Piece(rest, self._reply(finished[0], len(prompt), settings, cancel))
-        finally:
-            cancel.set()
-            worker.join()
+        rest = gate.push(decoder.flush()) + gate.flush()
+        yield Piece(rest, self._reply(finished, prompt, settings, cancel))
+
+    def _beams(self, prompt: list[int], settings: GenerationSettings, cancel: Event) -> Generator[Piece]:
+        text = BeamText(self.tokenizer, (*self.stops, *settings.stop))
+        finished: list[list[int]] = []
+
+        def work(put: Callable[[Any], None]) -> None:
+            watch = BeamWatch(len(prompt), settings.num_beams, self.end_ids, put)
+            finished.extend(self._run([prompt], settings, cancel=cancel, watch=watch))
+
+        with closing(in_thread(work, cancel)) as frames:
+            for frame in frames:
+                yield text.show(frame)
+        yield text.last(self._reply(finished, prompt, settings, cancel))
 
     def _run(
         self,
@@ -162,8 +209,9 @@ class TorchEngine(TemplatePrompts):
         *,
         cancel: Event,
         on_token: Callable[[int], None] | None = None,
+        watch: BeamWatch | None = None,
     ) -> list[list[int]]:
-        """Generated ids per prompt, end tokens and padding still behind them."""
+        """Generated ids, `num_beams` rows a prompt, the best first; end tokens and padding still behind them."""
         longest = max(map(len, prompts))
         room = self._require_room(longest, settings)
         pad = self._pad_id()
@@ -173,21 +221,27 @@ class TorchEngine(TemplatePrompts):
         mask = torch.tensor(
             [[0] * n + [1] * len(p) for n, p in zip(width, prompts, strict=True)], device=device
         )
-        stop = _StopStrings(self.tokenizer, (*self.stops, *settings.stop), longest, cancel)
-        with torch.inference_mode(), _seeded(settings, device):
-            out = self.model.generate(
+        stop = StopStrings(self.tokenizer, (*self.stops, *settings.stop), longest, cancel, watch)
+        processors = reply_processors(settings, longest)
+        if settings.samples and settings.num_beams == 1:
+            processors.append(Draws(settings, len(prompts)))
+        if watch is not None:
+            processors.append(watch)
+        with torch.inference_mode(), seeded(settings, device), self.selected():
+            out = _generating(self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=self._config(settings, min(room, settings.max_new_tokens), pad),
-                logits_processor=_reply_processors(settings, longest),
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([stop]),
-                streamer=_TokenStreamer(on_token) if on_token else None,
+                streamer=TokenStreamer(on_token) if on_token else None,
             )
         return [row[longest:] for row in out.tolist()]
 
     def _config(self, settings: GenerationSettings, max_new_tokens: int, pad: int) -> GenerationConfig:
+        """Alone, tokens are drawn by `Draws`, and transformers takes the one that is left; beams it draws itself."""
         sampling: dict[str, Any] = {"do_sample": False}
-        if settings.samples:
+        if settings.samples and settings.num_beams > 1:
             sampling = {
                 "do_sample": True,
                 "temperature": settings.temperature,
@@ -198,6 +252,7 @@ class TorchEngine(TemplatePrompts):
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(settings.min_new_tokens, max_new_tokens) or None,
             num_beams=settings.num_beams,
+            num_return_sequences=settings.num_beams,
             eos_token_id=sorted(self.end_ids) or None,
             pad_token_id=pad,
             bos_token_id=self.tokenizer.bos_id,
@@ -221,11 +276,17 @@ class TorchEngine(TemplatePrompts):
         return min(self.end_ids, default=0)
 
     def _reply(
-        self, ids: list[int], prompt_tokens: int, settings: GenerationSettings, cancel: Event | None
+        self, rows: list[list[int]], prompt: list[int], settings: GenerationSettings, cancel: Event
     ) -> Reply:
-        stops = (*self.stops, *settings.stop)
-        cancelled = cancel is not None and cancel.is_set()
-        return reply_of(ids, prompt_tokens, self.tokenizer, self.end_ids, stops, cancelled=cancelled)
+        """The reply of one prompt's rows: the best beam's, with the texts of all."""
+        stops, cancelled = (*self.stops, *settings.stop), cancel.is_set()
+        replies = [
+            reply_of(ids, len(prompt), self.tokenizer, self.end_ids, stops, cancelled=cancelled)
+            for ids in rows
+        ]
+        if len(replies) == 1:
+            return replies[0]
+        return replace(replies[0], beams=tuple(reply.text for reply in replies))
 
     # -- likelihood --------------------------------------------------------------------------------------------
 
@@ -239,7 +300,7 @@ class TorchEngine(TemplatePrompts):
             labels = [IGNORE_INDEX] * len(ids)
             for begin, end in spans:
                 labels[begin:end] = ids[begin:end]
-            with torch.inference_mode():
+            with torch.inference_mode(), self.selected():
                 logits = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
@@ -251,6 +312,13 @@ class TorchEngine(TemplatePrompts):
         return scores
 
 
+def _generating(model: Any) -> Any:
+    """The transformers model whose `generate` runs: PEFT's own swaps a method of it for as long as it generates, and
+    two answers at once would swap it for each other."""
+    plain = hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning
+    return model.get_base_model() if plain else model
+
+
 def _context_tokens(config: Any) -> int | None:
     """The longest sequence a model was made for; None where its config says nothing (ALiBi has no hard end)."""
     config = config.get_text_config()
@@ -259,80 +327,3 @@ def _context_tokens(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-@contextmanager
-def _seeded(settings: GenerationSettings, device: torch.device) -> Iterator[None]:
-    """Draw from the settings' seed and leave the process's own random state as it was."""
-    if settings.seed is None or not settings.samples:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(settings.seed)
-        yield
-
-
-def _reply_processors(settings: GenerationSettings, prompt_tokens: int) -> LogitsProcessorList:
-    """The repetition knobs, blind to the prompt: a question's own words may be used in the answer."""
-    processors: list[LogitsProcessor] = []
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_tokens))
-    if settings.no_repeat_ngram_size:
-        processors.append(_NoRepeatInReply(settings.no_repeat_ngram_size, prompt_tokens))
-    return LogitsProcessorList(processors)
-
-
-class _NoRepeatInReply(NoRepeatNGramLogitsProcessor):
-    def __init__(self, ngram_size: int, prompt_tokens: int) -> None:
-        super().__init__(ngram_size)
-        self._prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return super().__call__(input_ids[:, self._prompt_tokens :], scores)
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends a row whose newest text holds a stop string; ends every row when cancelled.
-
-    It keeps nothing between steps, so that it is right for beams too, whose rows change places.
-    """
-
-    def __init__(
-        self, tokenizer: TextTokenizer, stops: Sequence[str], prompt_tokens: int, cancel: Event
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._prompt_tokens = prompt_tokens
-        self._cancel = cancel
-        # a token holds a byte at least; a few more for tokens that show nothing
-        self._tail = max((len(stop.encode()) for stop in stops), default=0) + 4
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        rows = input_ids.shape[0]
-        if self._cancel.is_set():
-            done = [True] * rows
-        elif not self._stops:
-            done = [False] * rows
-        else:
-            tails = input_ids[:, max(self._prompt_tokens, input_ids.shape[1] - self._tail) :].tolist()
-            done = [cut_at_stop(self._tokenizer.raw_decode(tail), self._stops) is not None for tail in tails]
-        return torch.tensor(done, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
-
-
-class _TokenStreamer(BaseStreamer):
-    """Hands every generated token on; transformers puts the prompt first."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.flatten().tolist():
-            self._on_token(token)
-
-    def end(self) -> None:
-        """The worker itself says when it is done."""

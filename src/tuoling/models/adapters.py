@@ -80,25 +80,69 @@ def _short_names(inside: Iterable[str], linear: Iterable[str]) -> list[str]:
 
 
 def attach_adapter(
-    model: PreTrainedModel, folder: Path, *, trainable: bool, lora_alpha: float | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    trainable: bool,
+    lora_alpha: float | None = None,
+    name: str = "default",
 ) -> PeftModel:
     """Put the adapter in `folder` onto its base, strictly: every tensor is named, shaped and used.
 
-    lora_alpha: for an adapter whose files do not say it. Raises ModelError for another base, another shape, or a
-    file that holds too much or too little.
+    lora_alpha: for an adapter whose files do not say it. name: PEFT's for its layers. Raises ModelError for another
+    base, another shape, or a file that holds too much or too little.
     """
     from peft import set_peft_model_state_dict
 
     adapter = read_adapter(folder, lora_alpha=lora_alpha)
     for line in adapter.notes:
         console.note(line)
-    wrapped = wrap(model, adapter, trainable=trainable)
+    wrapped = wrap(model, adapter, trainable=trainable, name=name)
     on_meta = next(model.parameters()).is_meta
-    set_peft_model_state_dict(wrapped, dict(adapter.tensors), low_cpu_mem_usage=on_meta)
+    set_peft_model_state_dict(wrapped, dict(adapter.tensors), adapter_name=name, low_cpu_mem_usage=on_meta)
     return wrapped
 
 
-def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -> PeftModel:
+def add_adapter(model: PeftModel, name: str, folder: Path, *, lora_alpha: float | None = None) -> None:
+    """Put one more adapter beside those that a model has, for answers only; strictly, as `attach_adapter`.
+
+    name: PEFT's for its layers. Raises ModelError, also where PEFT cannot have the two kinds in one model.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapter = read_adapter(folder, lora_alpha=lora_alpha)
+    for line in adapter.notes:
+        console.note(line)
+    config = peft_config(adapter)
+    config.inference_mode = True
+    inner: Any = model.get_base_model()
+    rows, saved = inner.get_input_embeddings().weight.shape[0], _saved_rows(adapter)
+    if len(saved) == 1 and saved != {rows}:
+        own = saved.pop()
+        raise _does_not_fit(
+            folder,
+            tr(
+                f"it was saved with {own} rows of embeddings, the loaded model has {rows}",
+                f"保存时词嵌入有 {own} 行，已载入的模型有 {rows} 行",
+            ),
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.add_adapter(name, config)
+            expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            embeddings = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+    except ValueError as error:
+        raise _does_not_fit(folder, str(error).split("\n")[0]) from error
+    saved_too = {key: tensor for key, tensor in embeddings.items() if key in adapter.tensors}
+    _compare(folder, {**expected, **saved_too}, adapter.tensors)
+    set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=name)
+    model.requires_grad_(False)
+
+
+def wrap(
+    model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
     """The model with empty adapter layers that `adapter`'s tensors fill exactly; a model on meta stays there.
 
     An adapter that was saved with embeddings of more or fewer rows brings the model to its size. Raises ModelError
@@ -114,9 +158,9 @@ def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrapped = kind(model, config, low_cpu_mem_usage=on_meta)
-            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            embeddings = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
+            wrapped = kind(model, config, adapter_name=name, low_cpu_mem_usage=on_meta)
+            expected = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+            embeddings = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=True)
     except ValueError as error:
         raise _does_not_fit(adapter.folder, str(error).split("\n")[0]) from error
     saved_too = {name: tensor for name, tensor in embeddings.items() if name in adapter.tensors}
@@ -127,15 +171,19 @@ def wrap(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -
 def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
     """Resize the embeddings to the rows that the adapter was saved with, where it holds whole ones."""
     embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows, saved = embedding.weight.shape[0], _saved_rows(adapter)
+    if len(saved) == 1 and saved != {rows}:
+        model.resize_token_embeddings(saved.pop(), mean_resizing=False)
+
+
+def _saved_rows(adapter: Adapter) -> set[int]:
+    """Rows of the whole embeddings and heads that an adapter was saved with."""
     ends = ("embed_tokens", "word_embeddings", "wte", "lm_head", "embed_in", "embed_out")
-    saved = {
+    return {
         tensor.shape[0]
         for name, tensor in adapter.tensors.items()
         if name.removesuffix(".weight").removesuffix(".base_layer").endswith(ends) and tensor.ndim == 2
     }
-    if len(saved) == 1 and saved != {rows}:
-        model.resize_token_embeddings(saved.pop(), mean_resizing=False)
 
 
 def peft_config(adapter: Adapter) -> Any:

@@ -16,7 +16,7 @@ from tuoling.kernels import quantized
 from tuoling.language import tr
 from tuoling.models import gptq_packages
 from tuoling.models import quantization as low_bit
-from tuoling.models.adapters import attach_adapter, some
+from tuoling.models.adapters import add_adapter, attach_adapter, some
 from tuoling.models.quantization import Quantization
 from tuoling.models.source import ModelSource, find_model, weight_files
 from tuoling.models.tokenizers import load_tokenizer
@@ -88,6 +88,20 @@ def load_model(
         model.config.use_cache = False
         return loaded.train()
     return loaded.requires_grad_(False).eval()
+
+
+def load_adapter(model: PreTrainedModel | PeftModel, source: ModelSource, name: str) -> PeftModel:
+    """Put one more adapter onto a loaded model, for answers; `name` is PEFT's for its layers."""
+    from peft import PeftModel
+
+    with gptq_packages.hidden_from_peft():
+        if not isinstance(model, PeftModel):
+            wrapped = attach_adapter(
+                model, source.path, trainable=False, lora_alpha=source.lora_alpha, name=name
+            )
+            return wrapped.requires_grad_(False).eval()
+        add_adapter(model, name, source.path, lora_alpha=source.lora_alpha)
+    return model.eval()
 
 
 def _config(folder: Path, source: ModelSource, allow_remote_code: bool) -> PretrainedConfig:

@@ -22,6 +22,12 @@ class StreamDecoder:
         """How many ids of the window have been said; they stay as context for the next ones."""
         self._said = ""
 
+    def fork(self) -> StreamDecoder:
+        """A decoder that has been given the same ids and goes its own way."""
+        twin = StreamDecoder(self._tokenizer, keep_special=self._keep_special)
+        twin._window, twin._settled, twin._said = list(self._window), self._settled, self._said
+        return twin
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.raw_decode(ids, keep_special=self._keep_special)
 

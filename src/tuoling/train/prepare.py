@@ -33,6 +33,7 @@ from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
+from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -58,6 +59,9 @@ class Setup:
     hidden: int = 0
     """Of the model."""
     world_size: int = 1
+    laid_for: int = 1
+    """Processes the steps were laid for: another number than world_size where a run goes on with more or fewer."""
+    offset: Offset = FROM_THE_BEGINNING
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
@@ -67,11 +71,18 @@ class Setup:
 
 
 def prepare(
-    config: RunConfig, *, say: Say, notes: Sequence[str] = (), world_size: int | None = None
+    config: RunConfig,
+    *,
+    say: Say,
+    notes: Sequence[str] = (),
+    world_size: int | None = None,
+    laid_for: int | None = None,
+    offset: Offset = FROM_THE_BEGINNING,
 ) -> Setup:
     """Resolve model, template, rows, precision and plan.
 
-    world_size: processes that will train; what a launcher says that has started them.
+    world_size: processes that will train; what a launcher says that has started them. laid_for, offset: of a run that
+    goes on (steps.py).
     Raises a TuolingError for whatever would stop the run later: missing or bad rows, an unknown template,
     a tokenizer without an end token, a held-out part larger than the data.
     """
@@ -83,6 +94,7 @@ def prepare(
 
     config.require("model_name_or_path", "data")
     world_size = environment.world_size() if world_size is None else world_size
+    laid_for = world_size if laid_for is None else laid_for
     device = environment.pick_device(config.device)
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
@@ -145,6 +157,8 @@ def prepare(
         device=device,
         world_size=world_size,
         lineage=_lineage(config, source, store),
+        laid_for=laid_for,
+        offset=offset,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -161,6 +175,8 @@ def prepare(
         dtype=dtype,
         hidden=size.hidden,
         world_size=world_size,
+        laid_for=laid_for,
+        offset=offset,
         notes=kept,
     )
 

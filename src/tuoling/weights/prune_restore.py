@@ -21,7 +21,7 @@ from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model, hub_na
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.render import Segment
 from tuoling.text.templates import choose_template
-from tuoling.weights.parity import PROBES, Weights
+from tuoling.weights.parity import PROBES, Beside, Weights
 from tuoling.weights.prune_corpus import Rows
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
@@ -85,7 +85,7 @@ def restore_vocab(
     with atomic_folder(out) as folder:
         if trained.is_adapter:
             _restore_adapter(trained, whole, found, words, folder)
-            restored = Weights(whole.path, ((folder, 1.0),))
+            restored = Weights(whole.path, (Beside(folder),))
         else:
             _restore_model(trained, whole, found, weights, words, folder)
             restored = Weights(folder)
