@@ -11,7 +11,7 @@ from tuoling.generate.filters import REASONS
 from tuoling.generate.tally import Tally
 from tuoling.language import tr
 from tuoling.models.licence import Part
-from tuoling.models.licence_answer import answer, names, warning
+from tuoling.models.licence_answer import answer, names
 
 
 def line(tally: Tally) -> str:
@@ -30,8 +30,14 @@ def before(bad: tuple[str, ...], parts: tuple[Part, ...]) -> None:
     if bad:
         console.warn(tr(f"{len(bad)} bad seeds left out", f"共跳过 {len(bad)} 条不合格的种子"))
     found = answer(parts)
-    if said := warning(found):
-        console.warn(said)
+    if found.commercial == "no":
+        because = names(found.because("commercial"), environment.language())
+        console.warn(
+            tr(
+                f"what is trained on these rows may not be used commercially: {because}",
+                f"用这些数据训练的结果不能商用：{because}",
+            )
+        )
     elif found.unknown:
         unknown = names(found.unknown, environment.language())
         console.note(
