@@ -104,14 +104,14 @@ def acts() -> dict[str, Callable[[], None]]:
 
 def watch(kind: str, moment: Callable[[], None]) -> None:
     """Call `moment` before each step, batch of an evaluation, or batch of rows that is tokenised."""
-    from tuoling.data import store
+    from tuoling.data.shard_compiler import ShardCompiler
     from tuoling.train import forward, loop
 
     place: Any
     place, name = {
         "step": (loop, "train_step"),
         "evaluate": (forward, "batch_loss"),
-        "tokenise": (store._Compiler, "_take"),
+        "tokenise": (ShardCompiler, "_take"),
     }[kind]
     real = getattr(place, name)
 

@@ -52,9 +52,7 @@ def _bleu() -> Any:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise MissingPackage(
-            "sacrebleu", extra="evaluate", purpose=tr("character BLEU", "字符 BLEU")
-        ) from error
+        raise MissingPackage("sacrebleu", extra="eval", purpose=tr("character BLEU", "字符 BLEU")) from error
     return BLEU(tokenize="char", effective_order=True)
 
 
@@ -90,7 +88,7 @@ def _words() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError as error:
-        raise MissingPackage("jieba", extra="evaluate", purpose="ROUGE-L") from error
+        raise MissingPackage("jieba", extra="eval", purpose="ROUGE-L") from error
     jieba.setLogLevel(logging.WARNING)
     cut: Callable[[str], list[str]] = jieba.lcut
     return cut
