@@ -112,9 +112,20 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Our field → the file's column, in YAML `{instruction: ask, output: answer}`.",
                 "我们的字段 → 文件中的列名，YAML 写法 `{instruction: ask, output: answer}`。",
             ),
+            "licences": (
+                "Your word on what goes in: name or path (or `model`, `adapter`, `data`) → licence; `own` for your own "
+                "rows. YAML `{rows.json: own}`. See `tuoling licence`.",
+                "由你声明的许可：名字或路径（或 `model`、`adapter`、`data`）→ 许可；自己的数据写 `own`。"
+                "YAML 写法 `{rows.json: own}`。见 `tuoling licence`。",
+            ),
             "max_samples": (
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",
+            ),
+            "data_workers": (
+                "Processes that compile rows into tokens; by default one a core where there is enough to do. "
+                "The tokens do not depend on it.",
+                "编译数据（转成 token）的进程数；默认在数据够多时每核一个。结果与进程数无关。",
             ),
             "max_seq_len": ("Longest example in tokens.", "每条样本最多多少个 token。"),
             "overlong": (
@@ -257,6 +268,16 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Checkpoints that are kept; the newest and the best are never deleted.",
                 "最多保留几个检查点；最新的和最好的不会删除。",
             ),
+            "save_keep_every": (
+                "Checkpoints whose step is a multiple of this are kept for good, beside the newest "
+                "`save_total_limit` and the best.",
+                "步数是它的倍数的检查点永久保留（在最新的 `save_total_limit` 个和最好的之外）。",
+            ),
+            "disk_reserve_mib": (
+                "MiB of the disk that stay free. Asked before the run and before every save: a save that would not "
+                "leave so much stops the run, its last checkpoint whole, and says how much is missing.",
+                "磁盘上始终留出的空间（MiB）。训练前和每次保存前都会检查：放不下时停止训练，上一个检查点完好，并说明还差多少。",
+            ),
             "logging_steps": (
                 "Steps between points of trainer_state.json; metrics.jsonl has every step.",
                 "trainer_state.json 中每多少步一个点；metrics.jsonl 每步都有。",
@@ -281,6 +302,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "gradient_checkpointing": (
                 "Compute activations twice to save memory.",
                 "用重复计算换显存（内存）。",
+            ),
+            "deterministic": (
+                "Only kernels whose sums have one order, so that two runs are equal bit for bit on a GPU too; some are "
+                "slower, and an operation that has none is refused. One process on a CPU is so without it.",
+                "只用求和顺序固定的算子，GPU 上两次训练也逐位相同；有些会变慢，没有这种算子的操作会报错。单进程 CPU 不需要它。",
             ),
             "parallel": (
                 "How several processes (`--nproc 2`, torchrun, SLURM) share the run. `ddp`: each holds the whole model. "

@@ -99,12 +99,18 @@ class Model:
 
         return ChatSession(self.engine, self.settings(**settings), system=system)
 
-    def predict(self, rows: Iterable[Any], *, batch_size: int = 8, **settings: Any) -> list[dict[str, str]]:
-        """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default."""
+    def predict(
+        self, rows: Iterable[Any], *, batch_size: int = 8, n: int = 1, **settings: Any
+    ) -> list[dict[str, Any]]:
+        """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default.
+
+        n: answers a row, all of them in `answers`: drawn with seed, seed + 1, …; or the n best of `num_beams`.
+        """
         from tuoling.infer.predict import predict, question_of_record
 
         questions = [question_of_record(row) for row in rows]
-        return predict(self.engine, questions, self._for_prediction(settings), batch_size=batch_size)
+        chosen = self.settings_of_prediction(**settings)
+        return predict(self.engine, questions, chosen, batch_size=batch_size, n=n)
 
     def predict_file(
         self,
@@ -112,11 +118,12 @@ class Model:
         out: str | Path,
         *,
         batch_size: int = 8,
+        n: int = 1,
         format: str | None = None,
         columns: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> PredictReport:
-        """Predict the rows of files into a JSON array; after a kill the same call goes on where it was."""
+        """As `predict`, the rows of files into a JSON array; after a kill the same call goes on where it was."""
         from tuoling import console
         from tuoling.data.read import read_rows
         from tuoling.data.sources import resolve_sources
@@ -134,14 +141,15 @@ class Model:
                 self.engine,
                 rows,
                 Path(out),
-                self._for_prediction(settings),
+                self.settings_of_prediction(**settings),
                 batch_size=batch_size,
+                n=n,
                 step=step,
                 start=lambda total: bar.update(task, total=total),
             )
 
-    def _for_prediction(self, settings: Mapping[str, Any]) -> GenerationSettings:
-        """Greedy unless sampling is asked for: two predictions of one row are to be the same."""
+    def settings_of_prediction(self, **settings: Any) -> GenerationSettings:
+        """The model's own, but greedy unless sampling is asked for: two predictions of one row are to be the same."""
         greedy = replace(self.engine.defaults, do_sample=False, temperature=1.0, top_p=1.0, top_k=0)
         return greedy.with_values(settings)
 

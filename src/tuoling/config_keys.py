@@ -103,8 +103,12 @@ class RunConfig(BaseModel):
     """Never hold out more than this share, whatever `val_size` says."""
     data_format: str | None = None
     columns: dict[str, str] | None = None
+    licences: dict[str, str] | None = None
+    """Name or path of what goes in (or model, adapter, data) → its licence, by the user's own word."""
     max_samples: Annotated[Whole, Field(gt=0)] | None = None
     """At most the first so many rows of each file or dataset."""
+    data_workers: Annotated[Whole, Field(gt=0)] | None = None
+    """Processes that compile rows into tokens; None: one a core where there is enough to do. The result is the same."""
     max_seq_len: Annotated[Whole, Field(gt=1)] = 1024
     overlong: Literal["error", "drop", "cut_prompt", "split"] = "error"
     learn: Literal["all", "last"] = "all"
@@ -159,6 +163,10 @@ class RunConfig(BaseModel):
     save_steps: Annotated[Whole, Field(ge=0)] | None = 500
     """None: at the end of each epoch. 0: only at the end (the end is always saved)."""
     save_total_limit: Annotated[Whole, Field(gt=0)] | None = 3
+    save_keep_every: Annotated[Whole, Field(gt=0)] | None = None
+    """Checkpoints of these steps (its multiples) are kept beside the newest `save_total_limit`."""
+    disk_reserve_mib: Annotated[Whole, Field(ge=0)] = 256
+    """Stays free on the run's disk: a save that would reach into it stops the run instead."""
     logging_steps: Annotated[Whole, Field(gt=0)] = 10
     load_best_model_at_end: bool = False
 
@@ -166,6 +174,8 @@ class RunConfig(BaseModel):
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     gradient_checkpointing: bool = False
+    deterministic: bool = False
+    """Only kernels whose sums have one order: equal runs on a GPU too, some of them slower."""
     parallel: Literal["ddp", "fsdp", "zero2", "zero3", "zero2_offload", "zero3_offload"] | None = None
     """How several processes share a run (`--nproc`, torchrun); None: ddp."""
     deepspeed: str | None = None

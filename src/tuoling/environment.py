@@ -40,6 +40,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuoling"
 
 
+def config_dir() -> Path:
+    """Where settings that cannot be made again are kept: `XDG_CONFIG_HOME`, else ~/.config."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tuoling"
+
+
 def hub_endpoint() -> str | None:
     """The Hugging Face mirror the user set (`HF_ENDPOINT`), without a trailing slash."""
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
@@ -75,6 +80,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers imports it whenever a model is saved, and it says on stdout that it found no GPU
+    logging.getLogger("DeepSpeed").addFilter(_errors_to_stderr)
     # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
     for noisy in ("torch.utils._pytree", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -87,6 +94,13 @@ def quiet_libraries() -> None:
         "LRU_CACHE_CAPACITY": "64",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _errors_to_stderr(record: logging.LogRecord) -> bool:
+    """For a logger whose handler writes on stdout, which belongs to results: errors go to stderr, nothing else."""
+    if record.levelno >= logging.ERROR and logging.lastResort is not None:
+        logging.lastResort.handle(record)
+    return False
 
 
 def prepare_gradio() -> None:
@@ -190,6 +204,15 @@ def _require_device(asked: str) -> None:
                 "device=auto；`tuoling doctor` 会列出可用设备",
             ),
         )
+
+
+def only_deterministic_kernels() -> None:
+    """Sums in one order only. cuBLAS reads its workspace when it is first used; torch refuses kernels that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def pick_dtype(asked: str, device: str) -> str:

@@ -62,6 +62,7 @@ ALIASES = {
     "output_path": "output_dir",
     "out": "output_dir",
     "ddp_timeout": "timeout_s",
+    "full_determinism": "deterministic",
 }
 """Other names → ours."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
 from tuoling.data.read import read_rows
 from tuoling.data.sources import resolve_sources
-from tuoling.errors import DataError
+from tuoling.errors import DataError, UsageError
 from tuoling.infer.engine import GenerationSettings, OneModel, Piece, PromptTooLong, Reply, Score
 from tuoling.infer.predict import PredictReport, predict_file, question_of_record
 from tuoling.text.conversation import Conversation, Turn
@@ -183,3 +185,63 @@ def test_rows_from_python() -> None:
         question_of_record({"x": 1})
     with pytest.raises(DataError):
         question_of_record({"instruction": 3, "output": "x"})
+
+
+def test_several_answers_a_row_are_drawn_one_by_one_and_kept(tmp_path: Path) -> None:
+    data, out = rows_file(tmp_path, 4), tmp_path / "p.json"
+    drawn = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=0.8, seed=7)
+
+    class Drawing(EchoEngine):
+        def generate(self, conversations: Any, settings: Any, **options: Any) -> list[Reply]:
+            replies = super().generate(conversations, settings, **options)
+            return [Reply(f"{reply.text}{settings.seed}", (), "stop", 1, 1) for reply in replies]
+
+    def go(engine: EchoEngine, settings: GenerationSettings, n: int = 3) -> PredictReport:
+        rows = (row for source in resolve_sources([str(data)]) for row in read_rows(source))
+        return predict_file(engine, rows, out, settings, batch_size=3, n=n)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(Drawing(die_after=3), drawn)
+    report = go(Drawing(), drawn)
+    assert (report.rows, report.reused, report.predicted) == (4, 7, 5), "batches of 3 and 1 for each draw"
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    texts = ["问" * (1 + number * 3 % 7) for number in range(4)]
+    assert [row["answers"] for row in rows] == [[f"{text}{seed}" for seed in (7, 8, 9)] for text in texts]
+    assert [row["predict"] for row in rows] == [f"{text}7" for text in texts]
+
+    unseeded = replace(drawn, seed=None)
+    with pytest.raises(KeyboardInterrupt):
+        go(Drawing(die_after=3), unseeded)
+    assert go(Drawing(), unseeded).reused == 7, "draws without a seed are told apart too"
+    with pytest.raises(UsageError, match="without sampling all 2 answers are the same"):
+        go(Drawing(), SETTINGS, n=2)
+    with pytest.raises(UsageError, match="4 beams give fewer than 5 answers"):
+        go(Drawing(), replace(SETTINGS, num_beams=4), n=5)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_several_beams_a_row_come_of_one_search(tmp_path: Path) -> None:
+    data, out = rows_file(tmp_path, 2), tmp_path / "p.json"
+
+    class Searching(EchoEngine):
+        def generate(self, conversations: Any, settings: Any, **options: Any) -> list[Reply]:
+            replies = super().generate(conversations, settings, **options)
+            beams = [tuple(f"{reply.text}{beam}" for beam in range(settings.num_beams)) for reply in replies]
+            return [Reply(texts[0], (), "stop", 1, 5, beams=texts) for texts in beams]
+
+    rows = [row for source in resolve_sources([str(data)]) for row in read_rows(source)]
+    searched = replace(SETTINGS, num_beams=4)
+    engine = Searching()
+    report = predict_file(engine, rows, out, searched, n=3)
+    assert len(engine.batches) == 1 and report.predicted == 2
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert written[0]["answers"] == ["问0", "问1", "问2"] and written[0]["predict"] == "问0"
+    predict_file(Searching(), rows, out, searched)
+    assert "answers" not in json.loads(out.read_text(encoding="utf-8"))[0]
+
+
+def test_prompts_too_long_leave_their_batch_and_the_others_stay_together(tmp_path: Path) -> None:
+    engine = EchoEngine(limit=13)
+    report = run(engine, rows_file(tmp_path), tmp_path / "p.json")
+    assert len(report.too_long) == 2
+    assert [len(batch) for batch in engine.batches] == [1, 3, 1], "of the first three only one fits"

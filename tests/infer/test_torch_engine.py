@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -257,19 +258,48 @@ def test_context_limits(engine: TorchEngine, restore: None) -> None:
             call()
 
 
-def test_cancel_stops_within_a_token(engine: TorchEngine, restore: None) -> None:
-    engine.end_ids = set()
-    engine.context_tokens = None
-    cancel = threading.Event()
+def test_a_long_prompt_does_not_cut_the_answers_beside_it(engine: TorchEngine, restore: None) -> None:
+    free = engine.generate([ask(text) for text in QUESTIONS], GREEDY)
+    lengths = [len(engine.prompt_ids(ask(text))) for text in QUESTIONS]
+    engine.context_tokens = max(lengths) + 4
+    for length, before, reply in zip(
+        lengths, free, engine.generate([ask(text) for text in QUESTIONS], GREEDY), strict=True
+    ):
+        assert reply.token_ids == before.token_ids[: engine.context_tokens - length]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_cancel_stops_within_a_token_and_frees_the_memory(
+    engine: TorchEngine, restore: None, streamed: bool
+) -> None:
+    engine.end_ids, engine.context_tokens = set(), None
+    cancel, forwards = threading.Event(), []
     settings = GenerationSettings(max_new_tokens=5000)
-    pieces = []
-    for piece in engine.stream(ask("你好"), settings, cancel=cancel):
-        pieces.append(piece)
-        if len(pieces) == 5:
+    engine.generate([ask("你好")], GREEDY)  # what the first answer leaves behind for good
+    before = tensors_alive()
+
+    def count(*call: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 5:
             cancel.set()
-    reply = pieces[-1].reply
-    assert reply is not None and reply.finish_reason == "cancelled" and reply.completion_tokens < 200
-    assert reply.text == "".join(piece.text for piece in pieces)
+
+    hook = engine.model.register_forward_hook(count)
+    try:
+        if streamed:
+            pieces = list(engine.stream(ask("你好"), settings, cancel=cancel))
+            reply = pieces[-1].reply
+            assert reply is not None and reply.text == "".join(piece.text for piece in pieces)
+        else:
+            reply = engine.generate([ask("你好")], settings, cancel=cancel)[0]
+    finally:
+        hook.remove()
+    assert (len(forwards), reply.completion_tokens, reply.finish_reason) == (5, 5, "cancelled")
+    assert tensors_alive() == before, "keys, values and sequences are gone"
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
 def test_leaving_a_stream_ends_its_thread(engine: TorchEngine, restore: None) -> None:

@@ -93,6 +93,14 @@ Engine = Annotated[
         help=tr("instead of what the path decides", "代替由路径决定的引擎"),
     ),
 ]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL[#MODEL],…",
+        help=tr("running servers that speak OpenAI's API", "正在运行的 OpenAI 接口服务，可用逗号分隔多个"),
+    ),
+]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help=tr("turns sampling on", "设置后开启采样"))
 ]
@@ -146,14 +154,7 @@ def command(
     adapter: Adapters = None,
     merge: Merge = False,
     engine: Engine = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint",
-            metavar="URL[#MODEL]",
-            help=tr("a running server that speaks OpenAI's API", "正在运行的 OpenAI 接口服务"),
-        ),
-    ] = None,
+    endpoint: Endpoint = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -204,7 +205,7 @@ def command(
             history=history,
             say=console.note,
         )
-        warn_idle(session)
+        warn_idle(session.settings)
         interactive = sys.stdin.isatty()
         if interactive:
             console.note(tr("/help lists the commands, /exit leaves", "输入 /help 查看命令，/exit 退出"))

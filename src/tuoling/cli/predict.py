@@ -13,8 +13,11 @@ from tuoling.cli.chat import (
     Beams,
     Device,
     Dtype,
+    Endpoint,
+    Engine,
     LoraAlpha,
     MaxNewTokens,
+    Merge,
     MinNewTokens,
     NoRepeat,
     Penalty,
@@ -37,10 +40,12 @@ if TYPE_CHECKING:
 HELP = tr(
     """Answer the rows of a test file: predictions.json with input, predict and target.
 
-    Any row format. Cut off midway, the same call goes on where it was. Greedy unless sampling is asked for.""",
+    Any row format. Cut off midway, the same call goes on where it was. Greedy unless sampling is asked for. With
+    --endpoint URL,URL the rows are spread over servers; when one dies, the others answer its rows.""",
     """回答测试文件中的每条数据：生成 predictions.json，含 input、predict、target。
 
-    支持所有数据格式。中途被打断后，再次运行同一命令会接着做。默认贪心解码，除非要求采样。""",
+    支持所有数据格式。中途被打断后，再次运行同一命令会接着做。默认贪心解码，除非要求采样。
+    用 --endpoint URL,URL 可把数据分给多台服务器；某台停机时，其余服务器接手它的数据。""",
 )
 
 
@@ -55,7 +60,22 @@ def command(
             help=tr("RUN/predictions.json, else ./predictions.json", "默认写入运行目录或当前目录"),
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help=tr("rows at once", "每批条数"))] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help=tr("rows at once; 8, and 16 for each server", "同时处理的条数；默认 8，每台服务器 16"),
+        ),
+    ] = None,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--n",
+            min=1,
+            help=tr("answers a row: drawn, or the best beams", "每条的回答数：采样得到，或取最优的几束"),
+        ),
+    ] = 1,
     format: Annotated[
         str | None,
         typer.Option("--format", help=tr("row format, instead of the guess", "数据格式，代替自动判断")),
@@ -74,6 +94,9 @@ def command(
     repetition_penalty: Penalty = None,
     no_repeat_ngram_size: NoRepeat = None,
     seed: Seed = None,
+    merge: Merge = False,
+    engine: Engine = None,
+    endpoint: Endpoint = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -87,6 +110,8 @@ def command(
     from tuoling.data.sources import parse_columns, resolve_sources
     from tuoling.files import require_writable
     from tuoling.infer.engine import GenerationSettings
+    from tuoling.infer.predict import BATCH_ROWS, settings_of_answers
+    from tuoling.infer.terminal import warn_idle
 
     values = {
         "max_new_tokens": max_new_tokens,
@@ -100,7 +125,9 @@ def command(
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "seed": seed,
     }
-    GenerationSettings().with_values(values)  # a bad value is said before a model is loaded
+    settings_of_answers(
+        GenerationSettings().with_values(values), n
+    )  # a bad value is said before a model is loaded
     place = out or _beside(run_or_model)
     renamed = parse_columns(columns)
     resolve_sources(data, format=format, columns=renamed)  # what is missing is said before a model is loaded
@@ -115,11 +142,17 @@ def command(
         device=device,
         quantization_bit=quantization_bit,
         allow_remote_code=allow_remote_code,
+        merge=merge,
+        engine=engine,
+        endpoint=endpoint,
+        concurrency=batch_size,
     ) as model:
+        warn_idle(model.settings_of_prediction(**values))
         report = model.predict_file(
             data,
             place,
-            batch_size=batch_size,
+            batch_size=batch_size or BATCH_ROWS,
+            n=n,
             format=format,
             columns=renamed,
             **values,
@@ -127,7 +160,7 @@ def command(
     _tell(report, place)
     if as_json:
         print(json.dumps({"predictions": str(place), **report.to_json()}, ensure_ascii=False))  # noqa: T201
-    raise typer.Exit(1 if report.too_long or report.unusable else 0)
+    raise typer.Exit(1 if report.too_long or report.unusable or report.failed else 0)
 
 
 def _beside(run_or_model: str) -> Path:
@@ -141,12 +174,19 @@ def _tell(report: PredictReport, out: Path) -> None:
 
     for place in report.unusable[:20]:
         console.warn(tr(f"left out: {place}", f"未处理：{place}"))
-    for place in report.too_long[:20]:
+    for place in [*report.too_long[:20], *report.failed[:20]]:
         console.warn(tr(f"no prediction: {place}", f"没有预测：{place}"))
-    bad = len(report.unusable) + len(report.too_long)
+    bad = len(report.unusable) + len(report.too_long) + len(report.failed)
     if bad:
         console.warn(
             tr(f"{bad} of {report.rows} rows have no prediction", f"{report.rows} 条中有 {bad} 条没有预测")
+        )
+    if report.failed:
+        console.note(
+            tr(
+                "the same call asks again for the rows that the servers refused",
+                "再次运行同一命令，只重新请求服务器拒绝的数据",
+            )
         )
     console.note(
         tr(

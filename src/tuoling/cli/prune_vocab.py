@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuoling import console
+from tuoling.cli.convert import AllowNan, AsJson, NoVerify, print_json
 from tuoling.errors import UsageError
 from tuoling.language import tr
 
@@ -117,18 +117,9 @@ def command(
         bool,
         typer.Option("--restore", help=tr("back onto the full model", "放回完整模型")),
     ] = False,
-    allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))
-    ] = False,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify", help=tr("do not compare the models; recorded", "不比较两个模型；会留下记录")
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))
-    ] = False,
+    allow_nan: AllowNan = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
 ) -> None:
     if restore:
         _restore(model, out, more or [], held_out or [], verify=not no_verify, as_json=as_json)
@@ -154,7 +145,7 @@ def command(
         ),
     )
     if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))  # noqa: T201
+        print_json(report.to_json())
         return
     _show(report)
 
@@ -195,7 +186,7 @@ def _restore(
         )
     report = restore_vocab(pruned, full, Path(more[0]), held_out=held_out, verify=verify)
     if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))  # noqa: T201
+        print_json(report.to_json())
         return
     console.out.print(
         tr(

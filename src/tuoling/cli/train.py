@@ -13,6 +13,8 @@ from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
+    from tuoling.train.launch import Launch
+    from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
 
 HELP = tr(
@@ -87,13 +89,60 @@ def command(
         str | None,
         typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
     ] = None,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help=tr("begin again from the last checkpoint after a crash", "崩溃后自动从最近的检查点继续"),
+        ),
+    ] = False,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            min=0,
+            help=tr("with --supervise: at most so many", "与 --supervise 同用：最多重启次数"),
+        ),
+    ] = 5,
 ) -> None:
     loaded = load(words, model=model, data=data, out=out, recipe=recipe)
     from tuoling.api import train
     from tuoling.train.launch import Launch
 
-    launch = Launch(nproc, _numbers(devices), nnodes, node_rank, master)
-    result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
+    launch = Launch(nproc, device_numbers(devices), nnodes, node_rank, master)
+    if supervise:
+        from tuoling.train.run_folder import folder_of
+        from tuoling.train.supervise import supervise as watch
+
+        folder = folder_of(loaded.config)
+        begin = [*_again(words, model=model, data=data, recipe=recipe), "--out", str(folder)]
+        shared = _launch_words(launch) + (["--json"] if as_json else [])
+        again = ["resume", str(folder), "--skip-damaged", *shared]
+        raise typer.Exit(watch(folder, [*begin, *shared], again, restarts=restarts, say=console.note))
+    tell(train(loaded, say=console.note, show_plan=show_plan, launch=launch), as_json=as_json)
+
+
+def _again(
+    words: list[str] | None, *, model: str | None, data: list[str] | None, recipe: str | None
+) -> list[str]:
+    """The words of this command for a process of its own."""
+    given = [("--model", model), ("--recipe", recipe), *(("--data", each) for each in data or [])]
+    return ["train", *(words or []), *(part for name, value in given if value for part in (name, value))]
+
+
+def _launch_words(launch: Launch) -> list[str]:
+    """Of the processes: as they were asked for, where they were."""
+    words = ["--devices", ",".join(map(str, launch.devices))] if launch.devices else []
+    if launch.nproc > 1:
+        words += ["--nproc", str(launch.nproc)]
+    if launch.nnodes > 1:
+        words += ["--nnodes", str(launch.nnodes), "--node-rank", str(launch.node_rank)]
+        words += ["--master", str(launch.master)]
+    return words
+
+
+def tell(result: RunResult, *, as_json: bool) -> None:
+    """What came out of a run, and where it lies."""
     if environment.place().rank != 0:  # under torchrun the first one reports
         return
     if as_json:
@@ -111,12 +160,14 @@ def command(
         )
     )
     console.out.print(tr(f"run folder  {result.path}", f"运行目录  {result.path}"), markup=False)
+    verb = "chat" if result.status == "finished" else "resume"
     console.out.print(
-        tr(f"next        tuoling chat {result.path}", f"下一步    tuoling chat {result.path}"), markup=False
+        tr(f"next        tuoling {verb} {result.path}", f"下一步    tuoling {verb} {result.path}"),
+        markup=False,
     )
 
 
-def _numbers(devices: str | None) -> tuple[int, ...]:
+def device_numbers(devices: str | None) -> tuple[int, ...]:
     """`0,1,3` → (0, 1, 3)."""
     parts = [part.strip() for part in (devices or "").split(",") if part.strip()]
     if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):

@@ -191,8 +191,8 @@ def _open_answers(
             client.close()
     _leak_check(asked, outcome, say)
     outcome.write(asked.folder)
-    for line in outcome.notes:
-        say(line)
+    for note in outcome.notes:
+        say(str(note))
     return failed
 
 
@@ -202,4 +202,4 @@ def _leak_check(asked: Evaluation, outcome: Outcome, say: Callable[[str], None])
         return
     found = leaks.find_leaks(outcome.items, run)
     outcome.facts["leaks"] = found.to_json(outcome.items)
-    outcome.notes.append(found.words(len(outcome.items)))
+    say(str(found.words(len(outcome.items))))

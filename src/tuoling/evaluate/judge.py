@@ -14,10 +14,10 @@ from tuoling.errors import DataError, EndpointError
 from tuoling.evaluate.answers import Answer, Log
 from tuoling.evaluate.classes import WITHOUT_REFERENCE, normal_class
 from tuoling.evaluate.items import Item
+from tuoling.evaluate.labels import Note
 from tuoling.evaluate.outcome import Side
 from tuoling.files import sha256_text
 from tuoling.infer.client import Client
-from tuoling.language import tr
 
 MAX_TOKENS = 3000
 """BELLE's; reasons may be long, and a cut one has no score."""
@@ -248,13 +248,13 @@ class Judge:
             "prompts_sha256": sha256_text(json.dumps(dict(self.prompts), ensure_ascii=False, sort_keys=True)),
         }
 
-    def notes(self) -> list[str]:
+    def notes(self) -> list[Note]:
         """What a reader of the scores must know."""
-        said = []
+        said: list[Note] = []
         if self.unreadable:
             count, first = len(self.unreadable), self.unreadable[0]
             said.append(
-                tr(
+                Note(
                     f"{count} of the judge's answers hold no score from 0 to 1 after {TRIES} tries (the first: {first}): "
                     "left out",
                     f"裁判有 {count} 个回答问了 {TRIES} 次仍没有 0 到 1 的得分（第一处：{first}），不计入",
@@ -262,14 +262,14 @@ class Judge:
             )
         if self.refused:
             said.append(
-                tr(
+                Note(
                     f"{len(self.refused)} questions to the judge failed, the first: {self.refused[0]}",
                     f"{len(self.refused)} 次裁判请求失败，第一处：{self.refused[0]}",
                 )
             )
         if self.empty:
             said.append(
-                tr(
+                Note(
                     f"{self.empty} empty answers count 0, unasked",
                     f"{self.empty} 个空回答直接记 0 分，不问裁判",
                 )
@@ -278,7 +278,7 @@ class Judge:
         if agreed is not None:
             share = f"{100 * agreed['within_0.1']:.0f} %"
             said.append(
-                tr(
+                Note(
                     f"asked twice about {agreed['pairs']:.0f} answers the judge agrees with itself within 0.1 on {share}",
                     f"对 {agreed['pairs']:.0f} 个回答重复评分，{share} 相差不超过 0.1",
                 )

@@ -30,8 +30,9 @@ class EngineOptions(TypedDict, total=False):
     adapters:   more adapters on the same base, by name: `engine.using(name)`.
     merge:      the adapter goes into the weights: faster, and the base alone cannot be asked any more.
     engine:     torch | llama.cpp | vllm; None: what lies at the path decides, and an endpoint means vllm.
-    endpoint:   `URL` or `URL#MODEL` of an OpenAI-speaking server; without one the engine vllm starts its own.
-    concurrency: requests to the endpoint at once.
+    endpoint:   `URL` or `URL#MODEL` of an OpenAI-speaking server, or several behind commas; without one the engine
+                vllm starts its own.
+    concurrency: requests to each endpoint at once.
     """
 
     template: str | None
@@ -46,7 +47,7 @@ class EngineOptions(TypedDict, total=False):
     merge: bool
     engine: str | None
     endpoint: str | None
-    concurrency: int
+    concurrency: int | None
 
 
 ENGINES = ("torch", "llama.cpp", "vllm")

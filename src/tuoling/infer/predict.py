@@ -1,22 +1,27 @@
-"""A file of test rows → predictions.json: batched by length, resumable, written in the order of the rows."""
+"""A file of test rows → predictions.json: batched by length or spread over servers, resumable, in the order of the rows."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tuoling.data.formats import Detector, get_format
 from tuoling.data.row import Row, RowError
-from tuoling.errors import DataError, TemplateError
-from tuoling.files import append_jsonl, read_jsonl, require_writable, sha256_text, write_json
-from tuoling.infer.engine import Engine, GenerationSettings, PromptTooLong
+from tuoling.errors import DataError, TemplateError, TuolingError, UsageError
+from tuoling.files import append_jsonl, cut_torn_line, read_jsonl, require_writable, sha256_text, write_json
+from tuoling.infer.engine import Engine, GenerationSettings, PromptTooLong, Reply
+from tuoling.infer.fleet import Fleet, spread
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Turn
+
+BATCH_ROWS = 8
+"""Rows at once, where nobody says how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +35,17 @@ class Question:
 
 @dataclass(slots=True)
 class PredictReport:
-    """rows: asked and unaskable. predicted: now. reused: kept from a run that was cut off."""
+    """rows: asked and unaskable. predicted: answers found now. reused: kept from a run that was cut off.
+
+    too_long, unusable, failed: `place: why` of rows without a prediction; failed ones are those that servers refused.
+    """
 
     rows: int = 0
     predicted: int = 0
     reused: int = 0
     too_long: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -99,22 +108,14 @@ class Partial:
         self.path = out.with_name(f".{out.name}.partial.jsonl")
         self.answers: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            self._mend()
+            cut_torn_line(self.path)
             self.answers = {row["key"]: row for _, row in read_jsonl(self.path)}
         require_writable(out.parent)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def _mend(self) -> None:
-        """Cut off a torn last line, so that what is appended starts on a line of its own."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-
-    def add(self, key: str, predict: str, tokens: int) -> None:
-        """Keep one answer."""
-        row = {"key": key, "predict": predict, "tokens": tokens}
+    def add(self, key: str, texts: Sequence[str], tokens: int) -> None:
+        """Keep what came of one call: one answer, or several beams."""
+        row = {"key": key, "texts": list(texts), "tokens": tokens}
         self.answers[key] = row
         append_jsonl(self._file, row)
 
@@ -128,46 +129,94 @@ class Partial:
         self._file.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One call for an answer: of which row, the how manyth of its answers, with which settings.
+
+    key: the same only where the answer may be taken from a run that was cut off.
+    """
+
+    row: int
+    number: int
+    settings: GenerationSettings
+    key: str
+
+
+def settings_of_answers(settings: GenerationSettings, n: int) -> list[GenerationSettings]:
+    """How a row is asked for n answers, call by call: n draws with seeds of their own, or n beams in one call.
+
+    Raises UsageError where the n answers would all be the same, or where there are fewer beams.
+    """
+    if settings.samples:
+        seeds = [None if settings.seed is None else (settings.seed + i) % (1 << 63) for i in range(n)]
+        return [replace(settings, seed=seed) for seed in seeds]
+    if n == 1 or n <= settings.num_beams:
+        return [settings]
+    if settings.num_beams > 1:
+        problem = tr(
+            f"{settings.num_beams} beams give fewer than {n} answers",
+            f"{settings.num_beams} 束给不出 {n} 个回答",
+        )
+    else:
+        problem = tr(f"without sampling all {n} answers are the same", f"不采样时 {n} 个回答都相同")
+    raise UsageError(problem, where=f"n={n}", remedy=f"--temperature 0.8 | --num-beams {n}")
+
+
 def predict(
     engine: Engine,
     questions: Sequence[Question],
     settings: GenerationSettings,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_ROWS,
+    n: int = 1,
     partial: Partial | None = None,
     report: PredictReport | None = None,
     step: Callable[[int, PredictReport], None] = lambda done, report: None,
-) -> list[dict[str, str]]:
-    """input, predict and target of every question, in order. Batches hold prompts of like length.
+) -> list[dict[str, Any]]:
+    """input, predict and target of every question, in order; with n > 1 all n `answers` too, the first is `predict`.
 
-    A question whose prompt is too long gets the prediction "" and is named in the report.
+    Batches hold prompts of like length; servers get a row each as they come free. A question whose prompt is too
+    long, or that the servers refuse, gets the prediction "" and is named in the report.
     """
+    engine = spread(engine)
     report = report if report is not None else PredictReport()
     report.rows += len(questions)
     rows = [_blank(engine, question) for question in questions]
-    answers = partial.answers if partial is not None else {}
-    keys = [_key(engine, row["input"], settings) for row in rows]
+    calls = settings_of_answers(settings, n)
+    kept = partial.answers if partial is not None else {}
+    found: list[list[list[str]]] = [[[] for _ in calls] for _ in rows]
     waiting = []
-    for index, key in enumerate(keys):
-        if key in answers:
-            rows[index]["predict"] = answers[key]["predict"]
-            report.reused += 1
-        else:
-            waiting.append((engine.count_tokens(questions[index].conversation), index))
+    for number, one in enumerate(calls):
+        for index, row in enumerate(rows):
+            task = _Task(index, number, one, _key(engine, row["input"], one, number))
+            if task.key in kept:
+                found[index][number] = kept[task.key]["texts"]
+                report.reused += 1
+            else:
+                waiting.append(task)
     step(report.reused, report)
-    waiting.sort(reverse=True)  # the longest first: what does not fit is known at once
     started = time.perf_counter()
-    for begin in range(0, len(waiting), batch_size):
-        batch = [index for _, index in waiting[begin : begin + batch_size]]
-        for index, reply in _answer(engine, questions, batch, settings, report):
-            rows[index]["predict"] = reply.text
+    for task, reply in _replies(engine, questions, waiting, batch_size):
+        if isinstance(reply, TuolingError):
+            _no_prediction(report, task, questions[task.row], reply)
+        else:
+            texts = list(reply.beams[:n] if n > 1 and not task.settings.samples else (reply.text,))
+            found[task.row][task.number] = texts
             report.tokens += reply.completion_tokens
             report.predicted += 1
             if partial is not None:
-                partial.add(keys[index], reply.text, reply.completion_tokens)
+                partial.add(task.key, texts, reply.completion_tokens)
         report.seconds = time.perf_counter() - started
-        step(len(batch), report)
-    return rows
+        step(1, report)
+    return [
+        _filled(row, [text for texts in of_row for text in texts], n)
+        for row, of_row in zip(rows, found, strict=True)
+    ]
+
+
+def _filled(row: dict[str, str], answers: list[str], n: int) -> dict[str, Any]:
+    filled: dict[str, Any] = {**row, "predict": answers[0] if answers else ""}
+    return filled if n == 1 else {**filled, "answers": answers}
 
 
 def _blank(engine: Engine, question: Question) -> dict[str, str]:
@@ -178,26 +227,50 @@ def _blank(engine: Engine, question: Question) -> dict[str, str]:
     return {"input": text, "predict": "", "target": question.target}
 
 
-def _key(engine: Engine, prompt: str, settings: GenerationSettings) -> str:
-    return sha256_text(json.dumps([prompt, asdict(settings), engine.fingerprint], ensure_ascii=False))
+def _key(engine: Engine, prompt: str, settings: GenerationSettings, number: int) -> str:
+    number_without_seed = [number] if number and settings.seed is None else []
+    facts = [prompt, asdict(settings), engine.fingerprint, *number_without_seed]
+    return sha256_text(json.dumps(facts, ensure_ascii=False))
 
 
-def _answer(
-    engine: Engine,
-    questions: Sequence[Question],
-    batch: list[int],
-    settings: GenerationSettings,
-    report: PredictReport,
-) -> list[tuple[int, Any]]:
-    """Answer a batch; where one prompt is too long, answer the others and report it."""
+def _replies(
+    engine: Engine, questions: Sequence[Question], tasks: Sequence[_Task], batch_size: int
+) -> Iterator[tuple[_Task, Reply | TuolingError]]:
+    """The reply to each task, or why it has none, as they come."""
+    if isinstance(engine, Fleet):
+        asked = [(questions[task.row].conversation, task.settings) for task in tasks]
+        for place, reply in engine.answers(asked):
+            yield tasks[place], reply
+        return
+    tokens = {row: engine.count_tokens(questions[row].conversation) for row in {task.row for task in tasks}}
+    # the longest first: what does not fit in the context, or in the memory, is known at once
+    ordered = sorted(tasks, key=lambda task: (task.number, -tokens[task.row], task.row))
+    for _, of_number in groupby(ordered, key=lambda task: task.number):
+        alike = list(of_number)
+        for begin in range(0, len(alike), batch_size):
+            yield from _of_batch(engine, questions, alike[begin : begin + batch_size])
+
+
+def _of_batch(
+    engine: Engine, questions: Sequence[Question], batch: Sequence[_Task]
+) -> Iterator[tuple[_Task, Reply | TuolingError]]:
+    """Answer a batch, without the prompts in front that are too long."""
     try:
-        replies = engine.generate([questions[index].conversation for index in batch], settings)
-        return list(zip(batch, replies, strict=True))
+        conversations = [questions[task.row].conversation for task in batch]
+        yield from zip(batch, engine.generate(conversations, batch[0].settings), strict=True)
     except PromptTooLong as error:
-        if len(batch) > 1:
-            return [pair for index in batch for pair in _answer(engine, questions, [index], settings, report)]
-        report.too_long.append(f"{questions[batch[0]].place}: {error.problem}")
-        return []
+        if len(batch) == 1:
+            yield batch[0], error
+            return
+        yield from _of_batch(engine, questions, batch[:1])
+        yield from _of_batch(engine, questions, batch[1:])
+
+
+def _no_prediction(report: PredictReport, task: _Task, question: Question, error: TuolingError) -> None:
+    named = report.too_long if isinstance(error, PromptTooLong) else report.failed
+    said = f"{question.place}: {error.problem}"
+    if task.number == 0 or said not in named:
+        named.append(said)
 
 
 def predict_file(
@@ -206,13 +279,15 @@ def predict_file(
     out: Path,
     settings: GenerationSettings,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_ROWS,
+    n: int = 1,
     step: Callable[[int, PredictReport], None] = lambda done, report: None,
     start: Callable[[int], None] = lambda total: None,
 ) -> PredictReport:
     """Predict all rows into `out` (a JSON array of input/predict/target) and report.
 
-    After a kill the same call goes on where it was. Raises DataError where no row asks anything.
+    After a kill the same call goes on where it was; where servers refused rows, it asks those again. Raises DataError
+    where no row asks anything, UsageError where n answers would be the same.
     """
     report = PredictReport()
     questions, report.unusable = questions_of(rows)
@@ -222,15 +297,15 @@ def predict_file(
             tr("no row asks anything", "没有可以提问的数据"),
             where=report.unusable[0] if report.unusable else None,
         )
-    start(len(questions))
+    start(len(questions) * len(settings_of_answers(settings, n)))
     partial = Partial(out)
     try:
         predictions = predict(
-            engine, questions, settings, batch_size=batch_size, partial=partial, report=report, step=step
+            engine, questions, settings, batch_size=batch_size, n=n, partial=partial, report=report, step=step
         )
     except BaseException:
         partial.close()
         raise
     write_json(out, predictions, indent=4)
-    partial.done()
+    partial.close() if report.failed else partial.done()
     return report

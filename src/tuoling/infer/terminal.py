@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tuoling import console
 from tuoling.errors import TuolingError, UsageError
-from tuoling.infer.engine import Piece
+from tuoling.infer.engine import GenerationSettings, Piece
 from tuoling.infer.session import ChatSession
 from tuoling.infer.typewriter import Typewriter, visible
 from tuoling.language import tr
@@ -148,7 +148,7 @@ class Terminal:
     def _set(self, rest: str) -> None:
         if rest:
             self._session.set(rest)
-            warn_idle(self._session)
+            warn_idle(self._session.settings)
         else:
             for name, value in asdict(self._session.settings).items():
                 console.note(f"  {name} = {value}")
@@ -169,7 +169,7 @@ class Terminal:
     def _beams(self, rest: str) -> None:
         if rest:
             self._session.set(f"num_beams={rest}")
-            warn_idle(self._session)
+            warn_idle(self._session.settings)
             return
         beams = self._session.reply.beams if self._session.reply is not None else ()
         if not beams:
@@ -219,9 +219,9 @@ class Terminal:
         console.note(tr(f"appended to {path}", f"已追加到 {path}"))
 
 
-def warn_idle(session: ChatSession) -> None:
-    """Say which sampling knobs change nothing."""
-    idle = session.settings.idle_knobs()
+def warn_idle(settings: GenerationSettings) -> None:
+    """Say which knobs are set and change nothing."""
+    idle = settings.idle_knobs()
     if idle:
         names = ", ".join(idle)
         console.warn(

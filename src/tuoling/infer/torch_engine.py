@@ -96,6 +96,11 @@ class TorchEngine(TemplatePrompts):
             raise unknown_adapter(adapter, self.adapters)
         return self._family[adapter]
 
+    @property
+    def layers(self) -> str | None:
+        """PEFT's name of this engine's adapter in the model; None: the bare base answers."""
+        return self._layers
+
     @contextmanager
     def selected(self) -> Iterator[None]:
         """Within, forwards of this thread run with this engine's adapter; those of other threads with theirs."""
@@ -134,16 +139,27 @@ class TorchEngine(TemplatePrompts):
             return []
         prompts = [self.prompt_ids(conversation) for conversation in conversations]
         cancel = cancel or Event()
-        # transformers draws beams for the whole batch from one stream of numbers: one by one they do not depend on it
-        alone = settings.samples and settings.num_beams > 1
-        rows: list[list[int]] = []
-        for batch in [[prompt] for prompt in prompts] if alone else [prompts]:
-            rows += self._run(batch, settings, cancel=cancel)
         beams = settings.num_beams
-        return [
-            self._reply(rows[place * beams : (place + 1) * beams], prompt, settings, cancel)
-            for place, prompt in enumerate(prompts)
-        ]
+        replies: dict[int, Reply] = {}
+        for batch in self._batches(prompts, settings):
+            rows = self._run([prompts[place] for place in batch], settings, cancel=cancel)
+            for number, place in enumerate(batch):
+                of_row = rows[number * beams : (number + 1) * beams]
+                replies[place] = self._reply(of_row, prompts[place], settings, cancel)
+        return [replies[place] for place in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[list[int]]:
+        """Places of the prompts that may run together: their answers have the same room, or one would cut another.
+
+        Drawn beams run alone: transformers draws them for a whole batch from one stream of numbers.
+        """
+        if settings.samples and settings.num_beams > 1:
+            return [[place] for place in range(len(prompts))]
+        of_limit: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            limit = min(self._require_room(len(prompt), settings), settings.max_new_tokens)
+            of_limit.setdefault(limit, []).append(place)
+        return list(of_limit.values())
 
     def stream(
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None

@@ -86,7 +86,7 @@ class RemoteEngine(OneModel):
         self, conversation: Conversation, settings: GenerationSettings, *, cancel: Event | None = None
     ) -> Generator[Piece]:
         """Answer piece by piece. Leaving closes the connection, on which the server stops too."""
-        self._require_known(settings)
+        self.require_known(settings)
         parts: list[str] = []
         done: Completion | None = None
         with self._overflow(conversation, settings), closing(self._pieces(conversation, settings)) as deltas:
@@ -110,15 +110,14 @@ class RemoteEngine(OneModel):
         cancel: Event | None = None,
     ) -> list[Reply]:
         """Ask for all, `concurrency` at once; batching them is the server's own affair."""
-        self._require_known(settings)
+        self.require_known(settings)
         for conversation in conversations:
             self._require_room(conversation, settings)
 
         def ask(conversation: Conversation) -> Reply:
             if cancel is not None and cancel.is_set():
                 return Reply("", (), "cancelled", 0, 0)
-            with self._overflow(conversation, settings):
-                return self._reply(self._answer(conversation, settings), conversation)
+            return self.answer(conversation, settings)
 
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as pool:
             asked = [pool.submit(ask, conversation) for conversation in conversations]
@@ -128,6 +127,11 @@ class RemoteEngine(OneModel):
                 for one in asked:
                     one.cancel()
                 raise
+
+    def answer(self, conversation: Conversation, settings: GenerationSettings) -> Reply:
+        """Ask for one. Raises PromptTooLong, EndpointError."""
+        with self._overflow(conversation, settings):
+            return self._reply(self._answer(conversation, settings), conversation)
 
     def score(self, conversations: Sequence[Conversation]) -> list[Score]:
         """Not over HTTP: OpenAI's API does not tell how likely a given text is."""
@@ -155,7 +159,7 @@ class RemoteEngine(OneModel):
     def _stops(self) -> tuple[str, ...]:
         return ()
 
-    def _require_known(self, settings: GenerationSettings) -> None:
+    def require_known(self, settings: GenerationSettings) -> None:
         """Raise UsageError for what no server of this kind does: it would be left out in silence."""
         if settings.repetition_penalty != 1.0 and not self._said_penalty:
             self._said_penalty = True

@@ -55,6 +55,15 @@ def shape_of(model: Any) -> Shape:
     )
 
 
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[outputs, inputs] of every linear layer, the head too."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
 def linear_weights(model: Any) -> int:
     """Weights of the linear layers that 8 or 4 bits would shrink: all but the head's and the embeddings'."""
     outside = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}

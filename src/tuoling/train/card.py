@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tuoling.models.licence_answer import card_section, of_models, one_licence
 from tuoling.train.memory import quantization_of
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 def model_card(setup: Setup, results: dict[str, Any]) -> str:
     """A card with the hub's front matter: what was trained on what, how, the result, and how to use it."""
     config, plan = setup.config, setup.plan
-    licence = setup.source.family.licence
+    lineage = plan.lineage
     eval_loss = results.get("eval_loss")
     facts = [
         ("基座 base", f"`{config.model_name_or_path}` ({setup.source.family.name})"),
-        ("基座许可 licence of the base", licence or "未知 unknown"),
+        ("基座许可 licence of the base", of_models(lineage) or "未知 unknown"),
         ("数据 data", ", ".join(f"`{name}`" for name in (*config.data, *(config.dataset or ())))),
         ("条数 rows", f"{plan.rows:,} + {plan.eval_rows:,} held out"),
         ("token", f"{plan.tokens:,} (learned {plan.learned_tokens:,})"),
@@ -36,7 +37,7 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
         ("随机种子 seed", f"{config.seed}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    return f"""{_front_matter(setup, licence)}
+    return f"""{_front_matter(setup, one_licence(lineage))}
 # {setup.source.path.name} · Tuoling
 
 用 Tuoling 微调得到。Fine-tuned with Tuoling.
@@ -58,10 +59,10 @@ RUN is this folder; base, template and stop sequences are read from it.
 ## 局限 Limits
 
 模型会编造内容，也会重复训练数据里的错误；请勿不加核实地用于医疗、法律、财务等决定。
-基座与数据的许可条款同样适用于这些权重。
 The model makes things up and repeats the mistakes of its rows; do not use it unchecked for medical, legal or
-financial decisions. The licences of the base and of the data apply to these weights as well.
+financial decisions.
 
+{card_section(lineage)}
 完整的配置、数据摘要与版本见 `run.json`。The whole configuration, hashes and versions are in `run.json`.
 """
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tuoling.config import RunConfig
     from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
+    from tuoling.train.resume import Start
 
 RANK = (sys.executable, "-m", "tuoling.train.rank")
 PORT = 29500
@@ -92,27 +93,42 @@ def train_on(
     notes: Sequence[str],
     say: Callable[[str], None],
     show_plan: Callable[[Setup], None] | None,
+    start: Start | None = None,
 ) -> RunResult:
     """Train in processes of their own. Rows are tokenised here, before any of them exists.
 
-    Raises the error of the rank that failed first.
+    start: where a run goes on. Raises the error of the rank that failed first.
     """
     from tuoling.train.loop import RunResult, begin
     from tuoling.train.prepare import prepare
+    from tuoling.train.resume import Start
+    from tuoling.train.run_folder import reserved
 
-    launch = launch.checked()
-    setup = prepare(config, say=say, notes=notes, world_size=launch.world_size)
-    _require_devices(launch, setup.device)
-    if not config.ignore_memory_plan:
-        setup.plan.require_memory(1 if setup.device.startswith("cuda") else launch.nproc)
+    launch, start = launch.checked(), start or Start()
+    with reserved(config, notes, wanted=launch.node_rank == 0 and start.run is None) as config:
+        setup = prepare(
+            config,
+            say=say,
+            notes=notes,
+            world_size=launch.world_size,
+            laid_for=start.laid_for,
+            offset=start.offset,
+        )
+        start.verify(setup, say)
+        _require_devices(launch, setup.device)
+        if not config.ignore_memory_plan:
+            setup.plan.require_memory(1 if setup.device.startswith("cuda") else launch.nproc)
     if launch.node_rank == 0:
-        folder = begin(setup, say)
+        folder = start.run or begin(setup, say)
         config = config.model_copy(update={"output_dir": str(folder), "overwrite_output_dir": False})
     if show_plan:
         show_plan(setup)
     with tempfile.TemporaryDirectory(prefix="tuoling-") as name:
         job = Path(name)
-        files.write_json(job / "job.json", {"config": config.model_dump(mode="json"), "notes": setup.notes})
+        files.write_json(
+            job / "job.json",
+            {"config": config.model_dump(mode="json"), "notes": setup.notes, "start": start.to_json()},
+        )
         processes = _start(launch, job)
         try:
             with _forwarding(processes) as asked:

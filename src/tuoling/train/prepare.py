@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuoling import environment
-from tuoling.data.store import StoreReport
+from tuoling.data.store import StoreReport, TokenStore
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
 from tuoling.models import quantization as low_bit
 from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import lora_target_names
+from tuoling.models.licence import Part, as_said, of_data, of_model, union
 from tuoling.models.load import load_tokenizer
 from tuoling.models.shape import linear_weights, lora_parameters, meta_model, shape_of
 from tuoling.models.source import find_model
@@ -32,6 +33,7 @@ from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
+from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -57,6 +59,9 @@ class Setup:
     hidden: int = 0
     """Of the model."""
     world_size: int = 1
+    laid_for: int = 1
+    """Processes the steps were laid for: another number than world_size where a run goes on with more or fewer."""
+    offset: Offset = FROM_THE_BEGINNING
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
@@ -66,11 +71,18 @@ class Setup:
 
 
 def prepare(
-    config: RunConfig, *, say: Say, notes: Sequence[str] = (), world_size: int | None = None
+    config: RunConfig,
+    *,
+    say: Say,
+    notes: Sequence[str] = (),
+    world_size: int | None = None,
+    laid_for: int | None = None,
+    offset: Offset = FROM_THE_BEGINNING,
 ) -> Setup:
     """Resolve model, template, rows, precision and plan.
 
-    world_size: processes that will train; what a launcher says that has started them.
+    world_size: processes that will train; what a launcher says that has started them. laid_for, offset: of a run that
+    goes on (steps.py).
     Raises a TuolingError for whatever would stop the run later: missing or bad rows, an unknown template,
     a tokenizer without an end token, a held-out part larger than the data.
     """
@@ -82,6 +94,7 @@ def prepare(
 
     config.require("model_name_or_path", "data")
     world_size = environment.world_size() if world_size is None else world_size
+    laid_for = world_size if laid_for is None else laid_for
     device = environment.pick_device(config.device)
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
@@ -143,6 +156,9 @@ def prepare(
         memory=memory,
         device=device,
         world_size=world_size,
+        lineage=_lineage(config, source, store),
+        laid_for=laid_for,
+        offset=offset,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -159,8 +175,19 @@ def prepare(
         dtype=dtype,
         hidden=size.hidden,
         world_size=world_size,
+        laid_for=laid_for,
+        offset=offset,
         notes=kept,
     )
+
+
+def _lineage(config: RunConfig, source: ModelSource, store: TokenStore) -> tuple[Part, ...]:
+    """What goes into the weights: the model, what an adapter was trained on before, and the files of rows.
+
+    Files of held-out rows are left out: nothing is learned from them.
+    """
+    data = [part for path in store.paths for part in of_data(path)]
+    return as_said(union(of_model(source), data), config.licences or {})
 
 
 def _pick_dtype(config: RunConfig, device: str, say: Say) -> str:

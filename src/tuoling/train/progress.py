@@ -36,6 +36,10 @@ class Progress:
     last_loss: float | None = None
     eval_loss: float | None = None
     best: dict[str, Any] | None = None
+    eval_due: dict[str, Any] | None = None
+    """The step's row, where its evaluation was broken off by Ctrl-C: a run that goes on makes it first."""
+    stall_s: float = 0.0
+    """How long training stood still for its checkpoints."""
     peaks_gib: list[float] = field(default_factory=list)
     """Of every rank, at the end."""
 
@@ -78,11 +82,18 @@ def log_step(run: RunFolder, accelerator: Accelerator, row: dict[str, Any], ever
                 tr("step", "步") + f" {step}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}"
                 f"  {row['tokens_per_s']:,.0f} tokens/s"
             )
-    if "eval_loss" in row:
-        run.log_history.append({"epoch": epoch, "eval_loss": row["eval_loss"], "step": step})
-        console.note(tr("step", "步") + f" {step}  eval loss {row['eval_loss']:.4f}")
+    log_evaluation(run, row)
     if accelerator.log_with:
         accelerator.log({key: row[key] for key in row if key not in ("step", "seconds")}, step=step)
+
+
+def log_evaluation(run: RunFolder, row: dict[str, Any]) -> None:
+    """Add the held-out loss of a step to trainer_state's history, and say it."""
+    if "eval_loss" not in row:
+        return
+    step = row["step"]
+    run.log_history.append({"epoch": row["epoch"], "eval_loss": row["eval_loss"], "step": step})
+    console.note(tr("step", "步") + f" {step}  eval loss {row['eval_loss']:.4f}")
 
 
 def improved(done: Progress, config: RunConfig, row: dict[str, Any]) -> bool:
@@ -98,7 +109,7 @@ def improved(done: Progress, config: RunConfig, row: dict[str, Any]) -> bool:
 def trainer_state(run: RunFolder, setup: Setup, done: Progress) -> str:
     return run.trainer_state(
         step=done.step,
-        total_steps=setup.plan.total_steps,
+        total_steps=setup.plan.schedule_steps,
         epoch=round(done.rows_seen / setup.plan.rows, 4),
         best=done.best,
     )
@@ -117,6 +128,7 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
         "steps": done.step,
         "epochs": round(done.rows_seen / setup.plan.rows, 4),
         "seconds": round(done.seconds, 3),
+        "checkpoint_stall_s": round(done.stall_s, 3),
         "tokens_per_s": round(done.timed_tokens / done.seconds, 1) if done.seconds else None,
         "peak_rss_gib": round(environment.peak_rss_gib(), 3),
         "peak_cuda_gib": round(cuda, 3),

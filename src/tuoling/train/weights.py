@@ -11,6 +11,7 @@ import torch
 from tuoling import files
 from tuoling.models.adapters import lora_target_names
 from tuoling.models.gptq_packages import hidden_from_peft
+from tuoling.models.licence import write_lineage
 from tuoling.models.save import save_adapter, save_model
 from tuoling.train.memory import quantization_of
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
 
 
-def make_trainable(model: Any, setup: Setup) -> Any:
+def make_trainable(model: Any, setup: Setup, *, new: bool) -> Any:
     """All parameters (`full`), or LoRA in float32 on a frozen base: a new one, or the adapter it came with."""
     config = setup.config
     if config.gradient_checkpointing:
@@ -26,7 +27,7 @@ def make_trainable(model: Any, setup: Setup) -> Any:
         model.enable_input_require_grads()
     if config.finetuning_type == "full":
         return model.requires_grad_(True)
-    if not setup.source.is_adapter:
+    if new:
         from peft import LoraConfig, get_peft_model
 
         asked = LoraConfig(
@@ -64,6 +65,7 @@ class WeightSaver:
             template=self._template,
             state_dict=weights,
         )
+        write_lineage(folder, self._setup.plan.lineage)
         if self._jinja is not None:  # what other tools (transformers, vLLM) read: the same prompt as ours
             (folder / "chat_template.jinja").write_text(self._jinja, encoding="utf-8")
 

@@ -20,6 +20,7 @@ from tuoling import console
 from tuoling.errors import ModelError, UsageError
 from tuoling.files import atomic_files, read_json, refuse_existing, write_json
 from tuoling.language import tr
+from tuoling.models.licence import of_folder, write_lineage
 from tuoling.weights.additive_check import Recovered, judge, wrong
 from tuoling.weights.checksums import require_listed_files, write_md5_of
 from tuoling.weights.diff_options import DiffOptions, DiffReport, MadeFile
@@ -111,6 +112,7 @@ def apply_additive_diff(base: Path, diff: Path, out: Path, options: DiffOptions)
                 came(infos[name].size_bytes)
         report.proof, note = judge(recovered, options.expected_sum, record, diff)
         _write_config(diff, staging, next(iter(infos.values())).dtype)
+        write_lineage(staging, of_folder(base))
         copy_companions(diff, staging)
         report.files = _files(staging)
     report.notes = [recovered.sum_note(), *note, *known.unused_notes(weights.infos)]

@@ -9,6 +9,7 @@ from typing import cast
 
 from tuoling.errors import ModelError, UsageError
 from tuoling.language import tr
+from tuoling.models.licence import LINEAGE, of_folder, write_lineage
 from tuoling.weights.diff_options import DiffOptions, DiffReport
 
 KINDS = {
@@ -39,7 +40,14 @@ def make_diff(base: Path, target: Path, out: Path, options: DiffOptions, kind: s
 def apply_diff(base: Path, diff: Path, out: Path, options: DiffOptions) -> DiffReport:
     """Write what `diff` turns `base` into."""
     require_there(base, diff)
-    return _function(recognise(diff), 1)(base, diff, out, options)
+    report = _function(recognise(diff), 1)(base, diff, out, options)
+    if out.is_dir() and not (out / LINEAGE).is_file():  # published by others: neither side's files tell
+        write_lineage(out, of_folder(_folder_of(base)), of_folder(_folder_of(diff)), of_folder(out))
+    return report
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.resolve().parent
 
 
 def _function(kind: str, which: int) -> Callable[..., DiffReport]:

@@ -14,6 +14,7 @@ from tuoling import console
 from tuoling.files import atomic_folder, write_json
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
+from tuoling.models.licence import Part, from_json, write_lineage
 from tuoling.models.source import TEMPLATE_FILE
 from tuoling.weights import parity
 from tuoling.weights.convert import ConvertOptions, Report
@@ -141,3 +142,17 @@ def _write_records(metadata: Mapping[str, Any], folder: Path) -> None:
     licence = metadata.get("general.license")
     if isinstance(licence, str) and "\n" not in licence:
         (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+    recorded = lineage_of_gguf(metadata)
+    if recorded:
+        write_lineage(folder, recorded)
+
+
+def lineage_of_gguf(metadata: Mapping[str, Any]) -> tuple[Part, ...]:
+    """What went into a GGUF file, by its own record; nothing where it has none."""
+    said = metadata.get(gguf_keys.PROVENANCE)
+    try:
+        record = json.loads(said) if isinstance(said, str) else {}
+    except ValueError:
+        return ()
+    lineage = record.get("lineage") if isinstance(record, dict) else None
+    return from_json(lineage, gguf_keys.PROVENANCE) if lineage else ()

@@ -35,7 +35,7 @@ def convert_adapter(source: Path, out: Path, options: ConvertOptions) -> Report:
     family = gguf_family(found.config, str(found.weights_path))
     sizes = read_sizes(found.config, family)
     adapter = read_adapter(found.path, lora_alpha=options.lora_alpha)
-    _require_plain(adapter)
+    _require_lora_alone(adapter)
     plans = _plans(family, sizes, adapter, outtype)
 
     def metadata(writer: Any) -> None:
@@ -50,7 +50,7 @@ def convert_adapter(source: Path, out: Path, options: ConvertOptions) -> Report:
     return Report(out, tensors=len(plans), size_bytes=size, notes=list(adapter.notes))
 
 
-def _require_plain(adapter: Adapter) -> None:
+def _require_lora_alone(adapter: Adapter) -> None:
     settings = adapter.config
     wrong = [key for key in ("use_dora", "modules_to_save", "fan_in_fan_out") if settings.get(key)]
     if settings.get("bias", "none") != "none":

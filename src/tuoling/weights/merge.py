@@ -15,17 +15,10 @@ from tuoling import console, environment, files
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.language import tr
 from tuoling.models.adapters import some
+from tuoling.models.licence import of_model, to_json, union, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource
-from tuoling.weights.deltas import (
-    Change,
-    Changes,
-    Rows,
-    Whole,
-    apply_changes,
-    changes_of,
-    require_dora_alone,
-    same_base,
-)
+from tuoling.weights.changes import Change, Rows, Whole, apply_changes
+from tuoling.weights.deltas import Changes, changes_of, require_dora_alone, same_base
 from tuoling.weights.merge_card import merge_card
 from tuoling.weights.tensors import (
     SafetensorsWriter,
@@ -264,7 +257,7 @@ def merge(
                 writer.write(name, tensor)
                 step(number, len(merged.infos))
         _write_beside(merged, place, allow_remote_code=allow_remote_code)
-        checked = prove(merged.adapters, place, verify=verify, say=say)
+        checked = prove(merged.adapters, place, verify=verify, allow_remote_code=allow_remote_code, say=say)
         record = lineage(merged, checked)
         files.write_json(place / RECORD, record)
         with files.atomic_write(place / "README.md") as file:
@@ -301,6 +294,7 @@ def _write_beside(merged: Merged, place: Path, *, allow_remote_code: bool) -> No
     """Everything `tuoling chat OUT` needs besides the weights: the adapter's files first, then the base's."""
     source = merged.adapters[0].source
     files.write_json(place / "config.json", merged.config)
+    write_lineage(place, *(of_model(one.source) for one in merged.adapters))
     for folder in dict.fromkeys((source.path, source.run_folder)):
         copy_companions(folder, place)
     if any((place / name).is_file() for name in _TOKENIZER_FILES):  # files of two tokenizers are not mixed
@@ -339,6 +333,7 @@ def lineage(merged: Merged, checked: Mapping[str, Any]) -> dict[str, Any]:
             "licence": source.family.licence,
         },
         "adapters": [_adapter_record(one) for one in merged.adapters],
+        "lineage": to_json(union(*(of_model(one.source) for one in merged.adapters))),
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in merged.infos.values()}),
         "tensors": len(merged.infos),
         "changed": len(merged.changed),

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tuoling.models.licence import from_json
+from tuoling.models.licence_answer import card_section, of_models, one_licence
+
 
 def merge_card(name: str, record: Mapping[str, Any]) -> str:
     """A card with the hub's front matter: what was merged into what, what it cost, which licences count."""
     base = record["base"]
-    licence = base["licence"]
+    parts = from_json(record["lineage"], "lineage")
+    licence = one_licence(parts)
     adapters = ", ".join(f"`{one['named']}` x {one['weight']:g}" for one in record["adapters"])
     facts = [
         ("基座 base", f"`{base['named']}` ({base['family']})"),
-        ("基座许可 licence of the base", licence or "未知 unknown"),
+        ("基座许可 licence of the base", of_models(parts) or "未知 unknown"),
         ("适配器 adapters", adapters),
         ("改动的张量 tensors changed", f"{record['changed']:,} / {record['tensors']:,}"),
         ("存储精度 stored as", ", ".join(record["dtypes"])),
@@ -38,10 +42,10 @@ def merge_card(name: str, record: Mapping[str, Any]) -> str:
 tuoling chat MODEL
 ```
 
-把 MODEL 换成本目录。基座、适配器和训练数据的许可条款同样适用于这些权重；来源与散列值见 `tuoling.json`。
-MODEL is this folder. The licences of the base, of the adapters and of their data apply to these weights as well;
-where they come from, with hashes, is in `tuoling.json`.
-"""
+把 MODEL 换成本目录。来源与散列值见 `tuoling.json`。
+MODEL is this folder. Where the weights come from, with hashes, is in `tuoling.json`.
+
+{card_section(parts)}"""
     )
 
 

@@ -16,11 +16,12 @@ from tuoling.files import atomic_folder, read_json, sha256_file, write_json
 from tuoling.language import tr
 from tuoling.models.adapter_files import ADAPTER_CONFIG
 from tuoling.models.adapter_reading import read_adapter
+from tuoling.models.licence import of_model, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model, hub_name
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.render import Segment
 from tuoling.text.templates import choose_template
-from tuoling.weights.parity import PROBES, Weights
+from tuoling.weights.parity import PROBES, Beside, Weights
 from tuoling.weights.prune_corpus import Rows
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
@@ -84,7 +85,7 @@ def restore_vocab(
     with atomic_folder(out) as folder:
         if trained.is_adapter:
             _restore_adapter(trained, whole, found, words, folder)
-            restored = Weights(whole.path, ((folder, 1.0),))
+            restored = Weights(whole.path, (Beside(folder),))
         else:
             _restore_model(trained, whole, found, weights, words, folder)
             restored = Weights(folder)
@@ -255,6 +256,7 @@ def _write_settings(
             write_json(folder / TEMPLATE_FILE, {**read_json(record), **changes})
     if changes and not (folder / TEMPLATE_FILE).exists():
         write_json(folder / TEMPLATE_FILE, dict(changes))
+    write_lineage(folder, of_model(trained))
     copy_companions(whole.path, folder)
 
 

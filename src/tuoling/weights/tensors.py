@@ -23,6 +23,7 @@ from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import write_json
 from tuoling.language import tr
 from tuoling.models.adapters import some
+from tuoling.models.licence import of_folder, write_lineage
 from tuoling.models.source import weight_files
 from tuoling.models.weight_files import damaged, read_header, read_shard_index, require_shards
 
@@ -465,8 +466,10 @@ def reserve(file: IO[bytes], size_bytes: int) -> None:
 def copy_companions(source: Path, out: Path) -> list[str]:
     """Copy what belongs to a model beside its weights: tokenizer, generation settings, template record, licence.
 
-    What `out` has already is kept. Returns the names that were copied.
+    What `out` has already is kept; what went into `source`, and its licences, joins `out`'s lineage.json. Returns the
+    names that were copied.
     """
+    write_lineage(out, of_folder(source))
     copied = []
     for pattern in _COMPANIONS:
         for file in sorted(source.glob(pattern)):

@@ -13,6 +13,7 @@ from tuoling.evaluate.answers import Answer, Log, answer_items, empty_words
 from tuoling.evaluate.classes import BELLE_CLASSES, nearest_class
 from tuoling.evaluate.items import Items
 from tuoling.evaluate.judge import Judge
+from tuoling.evaluate.labels import Note
 from tuoling.evaluate.metrics import REFERENCED
 from tuoling.evaluate.outcome import Outcome, Side
 from tuoling.evaluate.sides import Contender, greedy
@@ -76,7 +77,7 @@ def run(plan: Plan) -> tuple[Outcome, EndpointError | None]:
     return outcome, failed
 
 
-def _ask(plan: Plan, contender: Contender, notes: list[str]) -> Side:
+def _ask(plan: Plan, contender: Contender, notes: list[Note]) -> Side:
     """One side's answers; the log is the same for all sides, and its keys know the model."""
     items = plan.items.items
     with contender.opened() as engine:
@@ -111,7 +112,7 @@ def _ask(plan: Plan, contender: Contender, notes: list[str]) -> Side:
     return Side(contender.name, contender.path, facts, answers)
 
 
-def _offline(plan: Plan, answers: Sequence[Answer], notes: list[str]) -> dict[str, list[float | None]]:
+def _offline(plan: Plan, answers: Sequence[Answer], notes: list[Note]) -> dict[str, list[float | None]]:
     """Values by metric; None for items without a reference. A metric whose package is missing is left out and told."""
     values: dict[str, list[float | None]] = {}
     for name, metric in plan.metrics.items():
@@ -121,7 +122,7 @@ def _offline(plan: Plan, answers: Sequence[Answer], notes: list[str]) -> dict[st
                 for item, answer in zip(plan.items.items, answers, strict=True)
             ]
         except MissingPackage as error:
-            note = f"{error.problem}: {error.remedy}"
+            note = Note(*[f"{error.problem}: {error.remedy}"] * 2)
             if note not in notes:
                 notes.append(note)
     return values
@@ -143,7 +144,7 @@ def _judge(plan: Plan, judge: Judge, outcome: Outcome) -> EndpointError | None:
     except EndpointError as error:
         failed = error
         outcome.complete = False
-        outcome.notes.append(tr(f"the judge failed: {error.problem}", f"裁判接口出错：{error.problem}"))
+        outcome.notes.append(Note(f"the judge failed: {error.problem}", f"裁判接口出错：{error.problem}"))
     finally:
         log.close()
     outcome.facts["judge"] = judge.facts()
@@ -163,13 +164,13 @@ def _headline(plan: Plan, *, judged: bool = True) -> str:
     return "exact_match" if lengths and statistics.median(lengths) <= SHORT_TARGET else "rouge_l"
 
 
-def _row_notes(plan: Plan, answered: int) -> list[str]:
+def _row_notes(plan: Plan, answered: int) -> list[Note]:
     """What the file lacks: rows that ask nothing, references, known classes."""
-    notes = []
+    notes: list[Note] = []
     left = plan.items.left_out
     if left:
         notes.append(
-            tr(
+            Note(
                 f"{len(left)} rows could not be asked, the first: {left[0]}",
                 f"{len(left)} 行无法提问，第一处：{left[0]}",
             )
@@ -177,7 +178,7 @@ def _row_notes(plan: Plan, answered: int) -> list[str]:
     missing = len(plan.items.items) - answered
     if missing:
         notes.append(
-            tr(
+            Note(
                 f"{missing} of {len(plan.items.items)} rows have no reference answer: offline metrics leave them out",
                 f"{len(plan.items.items)} 行中有 {missing} 行没有参考答案：离线指标不计这些行",
             )
@@ -191,12 +192,12 @@ def _row_notes(plan: Plan, answered: int) -> list[str]:
     return notes
 
 
-def _unknown_words(group: str, count: int) -> str:
+def _unknown_words(group: str, count: int) -> Note:
     near = nearest_class(group)
-    meant = tr(f" (did you mean {near}?)", f"（是不是 {near}？）") if near else ""
-    return tr(
+    meant, meant_zh = (f" (did you mean {near}?)", f"（是不是 {near}？）") if near else ("", "")
+    return Note(
         f"class {group!r} is none of BELLE's{meant}: no judge prompt for its {count} rows, the judge leaves them out",
-        f"类别 {group!r} 不在 BELLE 的类别中{meant}：没有对应的评分提示，裁判跳过这 {count} 行",
+        f"类别 {group!r} 不在 BELLE 的类别中{meant_zh}：没有对应的评分提示，裁判跳过这 {count} 行",
     )
 
 
