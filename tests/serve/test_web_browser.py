@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from tuoling.cli.main import app
 from tuoling.language import speaking
-from tuoling.serve.web import address, listening_socket, page_server, web_app
+from tuoling.serve.web import address, page_server, web_app
 from tuoling.serve.web_answer import WebModels
 from tuoling.text.conversation import Conversation
 
 pytest.importorskip("gradio", reason="needs the extra serve")
+server = pytest.importorskip("tuoling.serve.server", reason="needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -99,11 +100,11 @@ def served() -> Iterator[Served]:
         pytest.skip("no chromium on this machine")
     mine = ScriptedEngine(tuned)
     theirs = ScriptedEngine(lambda conversation: "不知道", fingerprint="base")
-    found = listening_socket("127.0.0.1", 0)
+    found = server.listen(server.Address(port=0))
     with speaking("en"):
         page = web_app(WebModels({"tuned": mine, "base": theirs}), title="tuned")
-    server = page_server(page)
-    thread = Thread(target=server.run, kwargs={"sockets": [found]})
+    running = page_server(page)
+    thread = Thread(target=running.run, kwargs={"sockets": [found]})
     thread.start()
     try:
         with playwright.sync_playwright() as tools:
@@ -117,7 +118,7 @@ def served() -> Iterator[Served]:
             browser.close()
             assert served.elsewhere == []
     finally:
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
 
 
@@ -321,10 +322,10 @@ def test_a_page_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     assert say()[0] == 2  # no model
     code, words = say(str(tmp_path / "nowhere"), "--port", "0")
     assert code == 1 and "nowhere" in words
-    with listening_socket("127.0.0.1", 0) as taken:
+    with server.listen(server.Address(port=0)) as taken:
         port = taken.getsockname()[1]
         code, words = say(str(tmp_path), "--port", str(port))
-    assert code == 2 and f"127.0.0.1:{port}" in words and "--port 0" in words
+    assert code == 2 and f"127.0.0.1:{port}" in words and "--port" in words
     code, words = say(str(tmp_path), "--host", "300.1.1.1")
     assert code == 2 and "300.1.1.1" in words
     code, words = say(str(tmp_path), "--adapter", "a=x", "--adapter", "a=y")
