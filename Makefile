@@ -25,7 +25,7 @@ LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMP
 	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF
 
 $(VENV)/.installed-dev: pyproject.toml requirements.lock | $(BIN)/python
-	$(PIP_INSTALL) -e ".[hub,quant,dist,evaluate,lm-eval,dev]" gguf
+	$(PIP_INSTALL) -e ".[hub,quant,dist,serve,eval,lm-eval,dev]" gguf
 	CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc 2>/dev/null || echo 2) \
 		$(PIP_INSTALL) llama-cpp-python || \
 		echo "llama-cpp-python could not be built (a C++ compiler is needed): tests that need it are skipped"

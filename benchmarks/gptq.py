@@ -100,6 +100,7 @@ def main() -> None:
                 "resumable": False,
                 "checkpoints": str(folder / "checkpoints"),
                 "made": str(folder / "made"),
+                "allow_remote_code": False,
             },
             folder,
         )

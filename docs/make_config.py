@@ -104,6 +104,20 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Never hold out more than this share, whatever `val_size` says.",
                 "无论 `val_size` 是多少，留出的都不超过这个比例。",
             ),
+            "mix": (
+                "Files, folders or datasets and their weights: `{domain.json: 0.7, general.json: 0.3}`, on the command "
+                "line `mix=domain.json=70%,general.json=30%`. By these shares of rows they are seen, whatever their "
+                "sizes; an epoch ends where the first one would repeat a row. Stands for `data` too.",
+                "数据文件、目录或数据集及其权重：`{domain.json: 0.7, general.json: 0.3}`，命令行写 "
+                "`mix=domain.json=70%,general.json=30%`。不论各自大小，都按此行数比例出现；任一来源用完一遍即为一轮。"
+                "写了它就不必再写 `data`。",
+            ),
+            "watch_data": (
+                "Rows that are not trained: their loss is measured before the first step and after the last "
+                "(all_results.json: watch_loss_before, watch_loss_after). What the model could do and may forget.",
+                "不参与训练的数据：训练前后各测一次损失（all_results.json 中的 watch_loss_before、watch_loss_after），"
+                "用来看模型原有的能力忘了多少。",
+            ),
             "data_format": (
                 "Read every row as this format instead of by content.",
                 "按此格式读取所有数据，而不按内容判断。",
@@ -121,6 +135,15 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "max_samples": (
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",
+            ),
+            "data_shares": (
+                "Shares of the rows that `tuoling study` trains on, one run each: `[0.25, 0.5, 1.0]`.",
+                "`tuoling study` 各训练一次所用的数据比例：`[0.25, 0.5, 1.0]`。",
+            ),
+            "data_workers": (
+                "Processes that compile rows into tokens; by default one a core where there is enough to do. "
+                "The tokens do not depend on it.",
+                "编译数据（转成 token）的进程数；默认在数据够多时每核一个。结果与进程数无关。",
             ),
             "max_seq_len": ("Longest example in tokens.", "每条样本最多多少个 token。"),
             "overlong": (
@@ -263,9 +286,23 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Checkpoints that are kept; the newest and the best are never deleted.",
                 "最多保留几个检查点；最新的和最好的不会删除。",
             ),
+            "save_keep_every": (
+                "Checkpoints whose step is a multiple of this are kept for good, beside the newest "
+                "`save_total_limit` and the best.",
+                "步数是它的倍数的检查点永久保留（在最新的 `save_total_limit` 个和最好的之外）。",
+            ),
+            "disk_reserve_mib": (
+                "MiB of the disk that stay free. Asked before the run and before every save: a save that would not "
+                "leave so much stops the run, its last checkpoint whole, and says how much is missing.",
+                "磁盘上始终留出的空间（MiB）。训练前和每次保存前都会检查：放不下时停止训练，上一个检查点完好，并说明还差多少。",
+            ),
             "logging_steps": (
                 "Steps between points of trainer_state.json; metrics.jsonl has every step.",
                 "trainer_state.json 中每多少步一个点；metrics.jsonl 每步都有。",
+            ),
+            "early_stopping_patience": (
+                "End the run after so many evaluations in a row without a new lowest validation loss.",
+                "连续这么多次评估的验证损失都没有创新低时，结束训练。",
             ),
             "load_best_model_at_end": (
                 "Keep the weights of the lowest validation loss instead of the last.",
@@ -287,6 +324,11 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "gradient_checkpointing": (
                 "Compute activations twice to save memory.",
                 "用重复计算换显存（内存）。",
+            ),
+            "deterministic": (
+                "Only kernels whose sums have one order, so that two runs are equal bit for bit on a GPU too; some are "
+                "slower, and an operation that has none is refused. One process on a CPU is so without it.",
+                "只用求和顺序固定的算子，GPU 上两次训练也逐位相同；有些会变慢，没有这种算子的操作会报错。单进程 CPU 不需要它。",
             ),
             "parallel": (
                 "How several processes (`--nproc 2`, torchrun, SLURM) share the run. `ddp`: each holds the whole model. "
@@ -482,10 +524,12 @@ def _of_other_tools() -> list[str]:
             ]
         ),
         tr(
-            "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: only `concat`. "
+            "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: `concat`, and "
+            "`interleave_under` with its `interleave_probs` as `mix`. "
             "`quantization_method`, `quant_method`: only bnb. `llm_int8_threshold`: only 6.0. "
             "`trust_remote_code`: noted, not obeyed.",
-            "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：只接受 `concat`。"
+            "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：接受 `concat`；"
+            "`interleave_under` 连同 `interleave_probs` 按 `mix` 处理。"
             "`quantization_method`、`quant_method`：只接受 bnb。`llm_int8_threshold`：只接受 6.0。"
             "`trust_remote_code`：读到但不执行。",
         ),

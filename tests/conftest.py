@@ -22,6 +22,21 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUOLING_CACHE", str(tmp_path / "tuoling-cache"))
 
 
+@pytest.fixture
+def gate_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parity gate and pruning's scores are computed in this process: each child would import torch and
+    transformers anew, 6 s of a CPU. tests/weights/test_parity.py and test_prune.py run the children themselves."""
+    import pickle
+
+    from tuoling.weights import parity, prune_score
+    from tuoling.weights.parity_child import Comparison
+
+    monkeypatch.setattr(
+        parity, "_measure", lambda request: Comparison(pickle.loads(pickle.dumps(request))).measure()
+    )
+    monkeypatch.setattr(prune_score, "_measure_apart", prune_score.measure)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real rows, tokenizers and one real tiny model, where the machine has them."""

@@ -23,10 +23,10 @@ TEXTS = [
 def write_gguf_of(folder: Path, out: Path, outtype: str = "f32", **options: Any) -> Any:
     """Write a model folder, run or adapter without the parity gate; returns the report."""
     from tuoling.models.source import find_model
-    from tuoling.weights.gguf import open_model, write_model
+    from tuoling.weights.gguf import GgufOptions, open_model, write_model
 
     source, weights = open_model(find_model(folder), outtype)
-    return write_model(source, out, outtype, weights=weights, **options)
+    return write_model(source, out, outtype, weights=weights, options=GgufOptions(**options))
 
 
 def llama_logits(file: Path, ids: Sequence[int]) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_keys_in_the_text_have_good_values(name: str) -> None:
 
 def test_a_command_that_is_not_there_is_noticed() -> None:
     with pytest.raises(AssertionError, match="no such command"):
-        parse("tuoling resume runs/first")
+        parse("tuoling teach runs/first")
     with pytest.raises(Exception, match="No such option"):
         parse("tuoling data check rows.json --fast")
 

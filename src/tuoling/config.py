@@ -1,8 +1,8 @@
 """One flat, frozen configuration for a run: what every key means, and how files and words become one.
 
-Layers, each over the one before: recipe < files in the order given < `key=value` < flags. Nothing is rewritten in
-silence: whatever was renamed, translated, answered or set aside is one of `Loaded.notes`, and `Loaded.origin` says
-where each value was written.
+Layers, each over the one before: recipe < an older run < files in the order given < `key=value` < flags. Nothing is
+rewritten in silence: whatever was renamed, translated, answered or set aside is one of `Loaded.notes`, and
+`Loaded.origin` says where each value was written.
 """
 
 from __future__ import annotations
@@ -110,13 +110,17 @@ def _no_such_word(word: str) -> ConfigError:
 
 
 def load_config(
-    files: Sequence[Path] = (), overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    files: Sequence[Path] = (),
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    older: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Read, translate, merge and check. Every issue found is in the one ConfigError raised.
 
     files:     YAML or JSON, ours or another tool's (dialects.py), comments tolerated.
     overrides: `key=value`, the value read as YAML; `key=null` takes a file's key away.
     flags:     keys the command line has options for; None values are not given.
+    older:     keys of a run that is continued, under all of these.
     """
     typed = [_split_override(word) for word in overrides]
     removed = {key for key, value in typed if value is None}
@@ -127,7 +131,8 @@ def load_config(
     flagged = _settle(given, tr("command line", "命令行"), "flag")
     file_layers, recipe = _read_layers([read_config_file(path) for path in files], removed)
     asked = flagged.values.pop("recipe", None) or words.values.pop("recipe", None) or recipe
-    layers = [*file_layers, words, flagged]
+    taken_over = {key: value for key, value in (older or {}).items() if key not in removed}
+    layers = [_settle(taken_over, "run.json", "flag"), *file_layers, words, flagged]
     if asked is not None and "recipe" not in removed:
         layers.insert(0, _recipe_layer(str(asked), removed))
     values, origin, notes, issues = _merge(layers)

@@ -40,6 +40,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuoling"
 
 
+def config_dir() -> Path:
+    """Where settings that cannot be made again are kept: `XDG_CONFIG_HOME`, else ~/.config."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tuoling"
+
+
 def hub_endpoint() -> str | None:
     """The Hugging Face mirror the user set (`HF_ENDPOINT`), without a trailing slash."""
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
@@ -75,6 +80,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     # at every import a note on a package it could fetch kernels with, at every int8 matmul one on the cast it makes
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers imports it whenever a model is saved, and it says on stdout that it found no GPU
+    logging.getLogger("DeepSpeed").addFilter(_errors_to_stderr)
     # every model that is spread over memory and disk, which is told in our own words
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
@@ -89,6 +96,18 @@ def quiet_libraries() -> None:
         "LRU_CACHE_CAPACITY": "64",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _errors_to_stderr(record: logging.LogRecord) -> bool:
+    """For a logger whose handler writes on stdout, which belongs to results: errors go to stderr, nothing else."""
+    if record.levelno >= logging.ERROR and logging.lastResort is not None:
+        logging.lastResort.handle(record)
+    return False
+
+
+def prepare_gradio() -> None:
+    """Before it is imported: it sends no usage statistics."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 
 GPTQMODEL = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
@@ -187,6 +206,15 @@ def _require_device(asked: str) -> None:
                 "device=auto；`tuoling doctor` 会列出可用设备",
             ),
         )
+
+
+def only_deterministic_kernels() -> None:
+    """Sums in one order only. cuBLAS reads its workspace when it is first used; torch refuses kernels that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def pick_dtype(asked: str, device: str) -> str:
@@ -358,6 +386,43 @@ def first_host(nodes: str) -> str:
 def meeting_point() -> str:
     """Where the processes of a run find each other."""
     return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+_CARRIED = ("TUOLING_LANG", "TUOLING_CACHE", "PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+_CARRIED_PREFIXES = ("NCCL_", "GLOO_")
+
+
+def for_other_machines() -> dict[str, str]:
+    """What the processes of a run on other machines are to find in their environment too. No secrets."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _CARRIED or name.startswith(_CARRIED_PREFIXES)
+    }
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface whose address other machines see when they and this one meet at `host`; None if unknown.
+
+    gloo looks this machine's own name up otherwise, which on many machines is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    import socket
+
+    import psutil
+
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            return name
+    return None
 
 
 def variables(**more: str) -> dict[str, str]:

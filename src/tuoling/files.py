@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -27,12 +27,23 @@ def disk_full(error: BaseException) -> bool:
 def cannot_write(path: Path | str | None, error: BaseException) -> OutputError:
     """What the user is told when `path` cannot be written."""
     why = getattr(error, "strerror", None) or error
+    if isinstance(error, OutputError):  # told already
+        return error
     full = tr("the disk is full", "磁盘已满")
     return OutputError(
         full if disk_full(error) else tr(f"cannot write: {why}", f"无法写入：{why}"),
         where=None if path is None else str(path),
         remedy=tr("choose another place, or free the disk", "换一个位置，或清理磁盘"),
     )
+
+
+@contextmanager
+def told(path: Path | str) -> Iterator[None]:
+    """An error of the file system inside is the OutputError of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(error.filename or path, error) from error
 
 
 def _fsync_dir(path: Path) -> None:
@@ -93,20 +104,31 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     try:
         yield temporary
-        write_manifest(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        temporary.chmod(0o755)
-        temporary.rename(path)
-        _fsync_dir(path.parent)
+        move_into_place(temporary, path)
     except Exception as error:
         if isinstance(error, OSError) or disk_full(error):
             raise cannot_write(path, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(built: Path, path: Path, *, known_sha256: Mapping[str, str] | None = None) -> None:
+    """Hash and fsync the files of the folder `built`, and rename it to `path`, which must not exist.
+
+    known_sha256: hashes of files, by their names, that need not be read again.
+    """
+    try:
+        write_manifest(built, known_sha256)
+        for file in built.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        built.chmod(0o755)
+        built.rename(path)
+        _fsync_dir(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -170,15 +192,35 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sampled_sha256(path: Path | str, *, pieces: int = 64, piece_bytes: int = 1 << 16) -> str:
+    """Hex SHA-256 of a file's size and of evenly spaced pieces of it, the first and the last among them.
+
+    For files of gigabytes that are only asked whether they are still the same: 4 MiB are read, whatever the size.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    step = max(piece_bytes, (size - piece_bytes) // max(1, pieces - 1))
+    with path.open("rb") as file:
+        for start in [*range(0, max(1, size - piece_bytes), step), max(0, size - piece_bytes)]:
+            file.seek(start)
+            digest.update(file.read(piece_bytes))
+    return digest.hexdigest()
+
+
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of UTF-8 text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Hash every file below `folder` into its `manifest.json`."""
+def write_manifest(folder: Path, known_sha256: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Hash every file below `folder`, but those whose hash is known, into its `manifest.json`."""
+    known = known_sha256 or {}
     files = {
-        str(file.relative_to(folder)): {"sha256": sha256_file(file), "size_bytes": file.stat().st_size}
+        (name := str(file.relative_to(folder))): {
+            "sha256": known.get(name) or sha256_file(file),
+            "size_bytes": file.stat().st_size,
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
@@ -192,12 +234,15 @@ def manifest_problems(folder: Path) -> list[str]:
     if not manifest.is_file():
         return [tr(f"no {MANIFEST}", f"缺少 {MANIFEST}")]
     problems = []
-    for name, entry in read_json(manifest).items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(tr(f"{name} is missing", f"缺少 {name}"))
-        elif file.stat().st_size != entry["size_bytes"] or sha256_file(file) != entry["sha256"]:
-            problems.append(tr(f"{name} has changed", f"{name} 已被改动"))
+    try:
+        for name, entry in read_json(manifest).items():
+            file = folder / name
+            if not file.is_file():
+                problems.append(tr(f"{name} is missing", f"缺少 {name}"))
+            elif file.stat().st_size != entry["size_bytes"] or sha256_file(file) != entry["sha256"]:
+                problems.append(tr(f"{name} has changed", f"{name} 已被改动"))
+    except (DataError, AttributeError, KeyError, TypeError):
+        problems.append(tr(f"{MANIFEST} has changed", f"{MANIFEST} 已被改动"))
     return problems
 
 
@@ -246,6 +291,22 @@ def cut_torn_line(path: Path) -> None:
             if found >= 0:
                 break
         file.truncate(size)
+
+
+def lock_file(file: IO[Any]) -> bool:
+    """Hold an open file for this process until it is closed; False where another process holds it.
+
+    Where the system has no such locks (Windows, some network disks) it is taken as free.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def append_jsonl(file: IO[str], value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from tuoling.data.pack import collate
 from tuoling.data.prefixes import share_prefixes
 from tuoling.data.sources import Source
 from tuoling.data.store import StoreSettings, compile_store
-from tuoling.data.token_store import Example, StoreWriter, TokenStore
+from tuoling.data.token_store import Example, ShardWriter, TokenStore, join_columns, write_meta
 from tuoling.text.templates import get_template
 from tuoling.text.tokenizer import TextTokenizer
 
@@ -29,10 +30,12 @@ Row = tuple[list[int], list[tuple[int, int]]]
 
 def store_of(folder: Path, rows: Sequence[Row]) -> TokenStore:
     folder.mkdir(parents=True, exist_ok=True)
-    writer = StoreWriter(folder)
-    for line, (ids, spans) in enumerate(rows):
-        writer.add(ids, spans, 0, line + 1)
-    writer.finish({"key": "k", "paths": ["rows.jsonl"]})
+    with ShardWriter(folder, 0) as writer:
+        for line, (ids, spans) in enumerate(rows):
+            writer.add(ids, spans, 0, line + 1)
+        writer.finish(array("i"))
+    join_columns(folder, [{}])
+    write_meta(folder, {"key": "k", "paths": ["rows.jsonl"]})
     return TokenStore(folder)
 
 

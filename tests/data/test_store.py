@@ -98,11 +98,11 @@ def test_a_change_makes_a_new_store_and_is_named(tmp_path: Path, change: dict[st
 
 def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
     store, _ = build(tmp_path, sum_rows(5))
-    file = store.path / "tokens.bin"
+    file = store.path / "tokens-00000.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\0\0\0\1")
     again, report = build(tmp_path, sum_rows(5))
-    assert not report.reused and (again.path / "tokens.bin").read_bytes() == whole
+    assert not report.reused and (again.path / "tokens-00000.bin").read_bytes() == whole
 
 
 def test_two_processes_may_build_the_same_store(tmp_path: Path) -> None:

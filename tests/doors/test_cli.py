@@ -87,7 +87,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["reprot"], "did you mean report?"),
+        (["reprot"], "did you mean report"),
         (["qqqqqq"], "no such command: qqqqqq"),
         (["report"], "missing: RUN"),
         (["report", "x", "--jsno"], "did you mean --json?"),

@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 from typer.testing import CliRunner
 
 from tuoling.cli.main import app
-from tuoling.cli.merge import split_weight
+from tuoling.cli.merge import split_adapter
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,23 @@ def test_from_an_old_checkpoint_to_a_model_that_answers(base: Path, tmp_path: Pa
     assert answers[0] == answers[1], "merged, and the old checkpoint as it lies"
 
 
+def test_each_adapter_has_an_alpha_of_its_own(base: Path, tmp_path: Path) -> None:
+    """Two old checkpoints of one training, told different alphas: the changes of each are scaled by its own."""
+    old, _ = grouped(base, tmp_path / "checkpoint-9", "pytorch_model.bin")
+    before = load_file(base / "model.safetensors")
+
+    def change(out: str, *words: object) -> torch.Tensor:
+        result = call("merge", old, tmp_path / out, "--base", base, "--no-verify", "--dtype", "fp32", *words)
+        assert result.exit_code == 0, result.output
+        name = "transformer.h.1.self_attention.query_key_value.weight"
+        return load_file(tmp_path / out / "model.safetensors")[name] - before[name]
+
+    one = change("one", "--lora-alpha", 8)
+    for word in ("0.5:alpha=32", "alpha=16:1"):  # 8 + 0.5 x 32, 8 + 16
+        both = change(word[:3], "--lora-alpha", 8, "--adapter", f"{old}:{word}")
+        torch.testing.assert_close(both, 3 * one, rtol=1e-5, atol=1e-6)
+
+
 def test_bad_calls(base: Path, tmp_path: Path) -> None:
     assert call("merge", base, tmp_path / "out", "--dtype", "int8").exit_code == 2
     whole = call("merge", base, tmp_path / "out")
@@ -71,7 +88,10 @@ def test_bad_calls(base: Path, tmp_path: Path) -> None:
 
 
 def test_weights_on_the_command_line() -> None:
-    assert split_weight("runs/a:0.5") == ("runs/a", 0.5)
-    assert split_weight("runs/a") == ("runs/a", 1.0)
-    assert split_weight("C:\\runs\\a:-2") == ("C:\\runs\\a", -2.0)
-    assert split_weight("C:\\runs\\a") == ("C:\\runs\\a", 1.0)
+    assert split_adapter("runs/a:0.5") == ("runs/a", 0.5, None)
+    assert split_adapter("runs/a") == ("runs/a", 1.0, None)
+    assert split_adapter("C:\\runs\\a:-2") == ("C:\\runs\\a", -2.0, None)
+    assert split_adapter("C:\\runs\\a") == ("C:\\runs\\a", 1.0, None)
+    for word in ("runs/a:0.5:alpha=16", "runs/a:alpha=16:0.5"):
+        assert split_adapter(word) == ("runs/a", 0.5, 16.0)
+    assert split_adapter("runs/a:alpha=8") == ("runs/a", 1.0, 8.0)

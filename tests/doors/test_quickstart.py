@@ -12,6 +12,7 @@ from tuoling.cli import quickstart as door
 from tuoling.cli.main import app
 from tuoling.demo import quickstart as demo
 from tuoling.demo.base import Size
+from tuoling.errors import MissingPackage
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +60,25 @@ def test_an_unknown_family_is_a_wrong_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_whole_way_without_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is made and asked; what is missing is told and left out."""
+
+    def missing(*given: object, **options: object) -> None:
+        raise MissingPackage("gptqmodel", extra="gptq", purpose="GPTQ")
+
+    make_small(monkeypatch)
+    monkeypatch.setattr("tuoling.weights.gptq.quantize", missing)
+    out = tmp_path / "demo"
+    result = CliRunner().invoke(app, ["quickstart", "--full", "--json", "--out", str(out), "--seed", "1"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    forms = {form["name"]: form for form in found["forms"]}
+    assert "merged" in forms and len(forms) == 2 and "gptqmodel" in found["left_out"][0]
+    assert not (out / "gptq-4bit").exists()
+    assert forms["merged"]["accuracy"] == pytest.approx(sum(found["after"].values()) / len(found["after"]))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_the_whole_way_to_a_file_for_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str

@@ -124,7 +124,7 @@ def test_prose_is_asked_again_then_left_out_and_told(tmp_path: Path, engines: di
         {"mean": 0.4, "low": 0.4, "high": 0.4, "count": 7}
     )
     assert scores["judge"]["unreadable"] == 4  # one answer a side, asked in both rounds
-    assert any("no score from 0 to 1 after 3 tries" in note for note in scores["notes"])
+    assert any("no score from 0 to 1 after 3 tries" in note["en"] for note in scores["notes"])
 
 
 def test_a_judge_that_goes_down_half_way(
@@ -173,7 +173,7 @@ def test_unknown_classes_empty_answers_and_missing_references_are_told(
         *ROWS[:2],
     ]
     (scores,) = evaluate(belle(tmp_path, rows, judge=Endpoint(judge.url, "test"))).scores()
-    notes = "\n".join(scores["notes"])
+    notes = "\n".join(note["en"] for note in scores["notes"])
     for said in (
         "1 rows could not be asked",
         "1 of 4 rows have no reference answer",

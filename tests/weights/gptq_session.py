@@ -1,26 +1,28 @@
 """Run by test_gptq.py in a process of its own, since importing gptqmodel changes the libraries of whoever does.
 
-Prints one JSON object: what gptqmodel makes of folders that we wrote, and whether interrupted work goes on exactly.
+Leaves one JSON object: what gptqmodel makes of folders that we wrote, and whether interrupted work goes on exactly.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.tiny import sum_rows, tiny_model
+from tests.tiny import sum_rows, tiny_model, write_rows
 
 from tuoling import environment
 from tuoling.files import write_json
 from tuoling.models.load import load_model
 from tuoling.models.source import find_model
-from tuoling.weights import gptq_child
+from tuoling.weights import gptq, gptq_child, parity
 from tuoling.weights.gptq import linear_names, quantize
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
 from tuoling.weights.gptq_options import QuantizeOptions
+from tuoling.weights.parity_child import Comparison
 from tuoling.weights.tensors import open_weights
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46, 47, 48]])
@@ -38,17 +40,17 @@ def widths(place: Path) -> list[dict[str, Any]]:
                     bits=bits, group_size=32, symmetric=symmetric, method="rtn", verify=False
                 )
                 quantize(str(model), out, options)
-                found.append({"family": family, "bits": bits, "symmetric": symmetric, **compare(out)})
+                found.append({"family": family, "bits": bits, "symmetric": symmetric, **compare(model, out)})
     return found
 
 
-def compare(folder: Path) -> dict[str, float]:
+def compare(model: Path, folder: Path) -> dict[str, float]:
     """Largest difference of weights and of logits between gptqmodel's layers and plain ones of our numbers."""
     form = quantized_format(folder)
     assert form is not None
     ours = QuantizedWeights(folder, form)
     loaded: Any = load_model(find_model(folder), device="cpu", dtype="fp32")
-    plain: Any = load_model(find_model(folder.parent / folder.name.split("-")[0]), device="cpu", dtype="fp32")
+    plain: Any = load_model(find_model(model), device="cpu", dtype="fp32")
     largest = 0.0
     for name in ours.layers:
         layer = loaded.get_submodule(name)
@@ -107,6 +109,7 @@ def job(place: Path, model: Path, out: Path, *, resumable: bool) -> dict[str, An
         "resumable": resumable,
         "checkpoints": str(out.with_suffix(".checkpoints")),
         "made": str(out),
+        "allow_remote_code": False,
     }
 
 
@@ -138,30 +141,36 @@ class StopAfter:
         self._class.on_boundary = self._usual
 
 
-def whole(place: Path) -> dict[str, Any]:
-    """`quantize` from end to end on a BLOOM and some rows."""
-    model = tiny_model(place / "whole", "bloom", hidden=64)
-    rows = place / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sum_rows(40)))
-    options = QuantizeOptions(bits=4, group_size=32, rows=24, device="cpu", dtype="fp32")
+def from_rows(place: Path, family: str, bits: str) -> dict[str, Any]:
+    """`quantize` from rows to the proof, with every child's work done here."""
+    gptq.run_job = run_here
+    parity._measure = lambda request: Comparison(request).measure()  # type: ignore[attr-defined]
+    rows = write_rows(place / "rows.jsonl", sum_rows(40))
+    model, out = tiny_model(place / "model", family, hidden=64), place / "out"
+    options = QuantizeOptions(bits=int(bits), group_size=32, rows=24, device="cpu", dtype="fp32")
     seen: list[tuple[int, int]] = []
-    report = quantize(
-        str(model),
-        place / "done",
-        options,
-        data=[str(rows)],
-        step=lambda done, total: seen.append((done, total)),
-    )
-    return report.to_json() | {
-        "last_step": seen[-1],
-        "files": sorted(p.name for p in (place / "done").iterdir()),
-    }
+    report = quantize(str(model), out, options, data=[str(rows)], step=lambda *counts: seen.append(counts))
+    files = sorted(path.name for path in out.iterdir())
+    return report.to_json() | compare(model, out) | {"last_step": seen[-1], "files": files}
+
+
+def run_here(
+    job: dict[str, Any], folder: Path, *, watch: Callable[[], None] = lambda: None, remedy: str | None = None
+) -> dict[str, Any]:
+    """`run_job` without its process: gptqmodel is imported once."""
+    answer = {"quantize": gptq_child.quantize, "measure": gptq_child.measure}[job["task"]](job)
+    watch()
+    return answer
 
 
 if __name__ == "__main__":
     environment.quiet_libraries()
     environment.prepare_gptqmodel()
     folder = Path(sys.argv[1])
-    tasks = {"widths": widths, "interrupted": interrupted, "whole": whole}
-    answer = tasks[sys.argv[2]](folder)
+    tasks: dict[str, Callable[..., Any]] = {
+        "widths": widths,
+        "interrupted": interrupted,
+        "from_rows": from_rows,
+    }
+    answer = tasks[sys.argv[2]](folder, *sys.argv[3:])
     (folder / "answer.json").write_text(json.dumps(answer, default=str))

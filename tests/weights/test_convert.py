@@ -42,6 +42,7 @@ def test_every_entry_starts_from_a_known_kind() -> None:
     [
         ({"config.json": "{}", "model.safetensors": ""}, "hf"),
         ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}'}, "gptq"),
+        ({"config.json": '{"quantization_config": {"quant_method": "awq"}}'}, "gptq"),
         ({"config.json": "{}", "quantize_config.json": "{}"}, "gptq"),
         ({"params.json": "{}", "consolidated.00.pth": ""}, "meta"),
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "adapter"),
@@ -55,7 +56,9 @@ def test_folders_are_recognised_by_their_files(tmp_path: Path, files: dict[str, 
     assert recognise(tmp_path).name == kind
 
 
-@pytest.mark.parametrize(("magic", "kind"), [(b"GGUF\1\0\0\0", "gguf"), (b"lmgg\0\0\0\0", "ggml")])
+@pytest.mark.parametrize(
+    ("magic", "kind"), [(b"GGUF\1\0\0\0", "gguf"), (b"lmgg", "ggml"), (b"fmgg", "ggml"), (b"tjgg", "ggml")]
+)
 def test_files_are_recognised_by_their_magic(tmp_path: Path, magic: bytes, kind: str) -> None:
     (tmp_path / "model.bin").write_bytes(magic)
     assert recognise(tmp_path / "model.bin").name == kind

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.gguf_files import TEXTS, divergence, llama_logits, transformers_logits, write_gguf_of
 from tests.stories260k import build_stories260k
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
+from tuoling.demo import base
 from tuoling.errors import ModelError, UsageError
 from tuoling.models.load import find_model, load_tokenizer
 
@@ -180,7 +181,17 @@ def test_stories260k_tells_its_story_in_llama_cpp(stories: tuple[Path, Path], tm
     model.close()
 
 
-def test_stories260k_in_fewer_bits(stories: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "outtypes",
+    [
+        ("f32", "q8_0", "q4_0", "q4_k_m"),
+        pytest.param(("f32", "q6_k", "q5_k_m", "q3_k_m", "q2_k"), marks=pytest.mark.long),
+    ],
+    ids=["usual", "others"],
+)
+def test_stories260k_in_fewer_bits(
+    stories: tuple[Path, Path], tmp_path: Path, outtypes: tuple[str, ...]
+) -> None:
     """Perplexity on its own text. Its feed-forward rows of 172 numbers are no multiple of 32 and fall back."""
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")
     folder, expected = stories
@@ -188,7 +199,7 @@ def test_stories260k_in_fewer_bits(stories: tuple[Path, Path], tmp_path: Path) -
     ids = [1, *tokenizer.hf.encode(expected.read_text(encoding="utf-8"), add_special_tokens=False)]
     down = {f"blk.{number}.ffn_down.weight" for number in range(5)}
     perplexity = {"transformers": _perplexity(transformers_logits(folder, ids), ids)}
-    for outtype in ("f32", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_k_m", "q3_k_m", "q2_k"):
+    for outtype in outtypes:
         file = tmp_path / f"{outtype}.gguf"
         report = write_gguf_of(folder, file, outtype)
         perplexity[outtype] = _perplexity(llama_logits(file, ids), ids)
@@ -197,11 +208,19 @@ def test_stories260k_in_fewer_bits(stories: tuple[Path, Path], tmp_path: Path) -
             assert any("172" in note or "ffn_down" in note for note in report.notes)
         if outtype == "q4_k_m":  # rows of 64 and 172 are no multiple of 256: all of them fall back
             assert report.fell_back.keys() > down and len(report.fell_back) == 36
-    print({name: round(value, 4) for name, value in perplexity.items()})
-    assert perplexity["f32"] == pytest.approx(perplexity["transformers"], rel=1e-5)
-    assert perplexity["q8_0"] == pytest.approx(perplexity["f32"], rel=0.005)
-    assert perplexity["f32"] < perplexity["q4_0"] < 1.3 * perplexity["f32"]
-    assert perplexity["q4_k_m"] < 1.3 * perplexity["f32"]
+    f32 = perplexity.pop("f32")
+    assert f32 == pytest.approx(perplexity.pop("transformers"), rel=1e-5)
+    allowed = {
+        "q8_0": 1.005,
+        "q6_k": 1.02,
+        "q5_k_m": 1.05,
+        "q4_0": 1.3,
+        "q4_k_m": 1.3,
+        "q3_k_m": 2,
+        "q2_k": 10,
+    }
+    for outtype, value in perplexity.items():
+        assert 0.999 * f32 < value < allowed[outtype] * f32, (outtype, value / f32)
 
 
 def _perplexity(logits_TV: np.ndarray, ids: list[int]) -> float:
@@ -242,7 +261,15 @@ def vocabulary_file(tokenizer: Any, rows: int, out: Path) -> Any:
     return vocabulary
 
 
-@pytest.mark.parametrize("name", ["tiny", "neox", "openllama", "minimind", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "minimind",
+        "openllama",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("neox", "mistral")),
+    ],
+)
 def test_llama_cpp_cuts_text_into_the_same_tokens(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -282,6 +309,54 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(
         assert other.decode(ids) == tokenizer.decode(ids)
     other.close()
     model.close()
+
+
+@pytest.fixture
+def sentencepiece_llama(tmp_path: Path) -> Path:
+    """The demo's tokenizer in the form that llama.cpp knows, with its 256 bytes, in front of random weights."""
+    trained = base.train_tokenizer(TEXT, "".join(TEXT), vocabulary=200)
+    folder, size = tmp_path / "spm", base.Size(hidden=32, layers=1, heads=2)
+    base.write_blank_model(folder, base.as_sentencepiece(trained), family="llama", size=size, seed=0)
+    return folder
+
+
+UNKNOWN_TO_IT = "你好龘靐😀"
+
+
+def test_unknown_characters_become_bytes(sentencepiece_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra gguf")
+    from tuoling.infer.llamacpp import LlamaModel
+    from tuoling.infer.llamacpp_tokenizer import GgufTokenizer
+
+    report = write_gguf_of(sentencepiece_llama, tmp_path / "m.gguf")
+    assert not any("byte" in note for note in report.notes)
+    model = LlamaModel(tmp_path / "m.gguf", vocab_only=True)
+    theirs, ours = GgufTokenizer(model), load_tokenizer(sentencepiece_llama, for_training=False)
+    assert theirs._encode_inside([UNKNOWN_TO_IT]) == ours._encode_inside([UNKNOWN_TO_IT])
+    assert theirs.decode(theirs._encode_inside([UNKNOWN_TO_IT])[0]) == UNKNOWN_TO_IT
+    theirs.close()
+    model.close()
+
+
+@pytest.mark.parametrize("left", [0, 255])
+def test_a_vocabulary_without_bytes_is_refused_with_a_way_past(
+    sentencepiece_llama: Path, tmp_path: Path, left: int
+) -> None:
+    """llama.cpp would end the process at the first character that no token holds."""
+    file = sentencepiece_llama / "tokenizer.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    model = state["model"]
+    model["byte_fallback"] = left > 0
+    for byte in range(left, 256):
+        model["vocab"][f"[unused{byte}]"] = model["vocab"].pop(f"<0x{byte:02X}>")
+    file.write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"{256 - left} of the 256 byte tokens") as refused:
+        write_gguf_of(sentencepiece_llama, tmp_path / "m.gguf")
+    assert "--unchecked" in (refused.value.remedy or "") and not list(tmp_path.glob("*.gguf"))
+    report = write_gguf_of(sentencepiece_llama, tmp_path / "m.gguf", unchecked=True)
+    assert any("byte tokens" in note for note in report.notes)
+    fields = gguf.GGUFReader(str(tmp_path / "m.gguf")).fields
+    assert json.loads(fields["tuoling.provenance"].contents())["unchecked"] == "no byte tokens"
 
 
 def test_rows_without_a_token_are_padded_with_names_of_their_own(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tuoling.weights.convert import ConvertOptions, convert
 
 pytest.importorskip("gguf", reason="needs the extra gguf")
 
+pytestmark = pytest.mark.usefixtures("gate_here")
+
 IDS = [5, 9, 60, 120, 33, 260, 77, 301, 14, 15]
 TARGETS = {
     "bloom": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.tiny import tiny_model
 from tests.weights.old_gptq import Kind, write_old_gptq
 from transformers import AutoModelForCausalLM
@@ -16,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from tuoling.errors import ModelError, TuolingError, UsageError
 from tuoling.weights.convert import ConvertOptions, convert, recognise
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.parity import ParityError
+from tuoling.weights.tensors import SafetensorsWriter, open_weights
 
+not_proven = functools.partial(ConvertOptions, verify=False)
 HALF = 2**-11
 """Scales in float32 become float16: half a unit in the last of 11 bits. Integers stay."""
 
@@ -25,7 +30,7 @@ HALF = 2**-11
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("models")
-    return {family: tiny_model(place / family, family, hidden=64) for family in ("llama", "bloom")}
+    return {family: tiny_model(place / family, family, layers=1, hidden=64) for family in ("llama", "bloom")}
 
 
 def load(folder: Path) -> Any:
@@ -49,7 +54,7 @@ def test_old_files_keep_their_integers(
     base = models[family]
     old = tmp_path / "old.pt"
     dense = write_old_gptq(load(base), old, kind, bits, 10**9 if size == -1 else size)
-    report = convert(old, tmp_path / "new", options=ConvertOptions(base=str(base), unchecked=True))
+    report = convert(old, tmp_path / "new", options=not_proven(base=str(base), unchecked=True))
     assert (report.kind, report.to) == ("old-gptq", "hf")
     form = quantized_format(tmp_path / "new")
     assert form is not None
@@ -67,7 +72,7 @@ def test_old_files_keep_their_integers(
 
 def test_the_folder_says_what_todays_readers_ask_for(models: dict[str, Path], tmp_path: Path) -> None:
     write_old_gptq(load(models["llama"]), tmp_path / "old.pt", "vicuna", 4, 32)
-    convert(tmp_path / "old.pt", tmp_path / "new", options=ConvertOptions(base=str(models["llama"])))
+    convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(models["llama"])))
     config = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "new" / "quantize_config.json").read_text())
     assert config["quant_method"] == "gptq" and config["checkpoint_format"] == "gptq"
@@ -81,7 +86,7 @@ def test_the_folder_says_what_todays_readers_ask_for(models: dict[str, Path], tm
 
 def test_act_order_is_found_in_g_idx(models: dict[str, Path], tmp_path: Path) -> None:
     dense = write_old_gptq(load(models["llama"]), tmp_path / "old.pt", "vicuna", 4, 32, permuted=True)
-    convert(tmp_path / "old.pt", tmp_path / "new", options=ConvertOptions(base=str(models["llama"])))
+    convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(models["llama"])))
     new = reading(tmp_path / "new")
     assert new.format.desc_act and new.format.group_size == 32
     for name, weight in dense.items():
@@ -96,11 +101,11 @@ def test_zero_points_that_the_old_packer_destroyed(
     base = models["llama"]
     write_old_gptq(load(base), tmp_path / "old.pt", "belle", bits, 32, positive=True)
     with pytest.raises(ModelError, match="destroyed") as caught:
-        convert(tmp_path / "old.pt", tmp_path / "new", options=ConvertOptions(base=str(base)))
+        convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(base)))
     assert "--unchecked" in (caught.value.remedy or "")
     assert not (tmp_path / "new").exists()
     report = convert(
-        tmp_path / "old.pt", tmp_path / "new", options=ConvertOptions(base=str(base), unchecked=True)
+        tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(base), unchecked=True)
     )
     assert any("guesses" in note for note in report.notes)
     new = reading(tmp_path / "new")
@@ -117,36 +122,114 @@ def test_zero_points_that_the_old_packer_destroyed(
 def test_a_groupless_zero_point_of_nought_is_kept(models: dict[str, Path], tmp_path: Path) -> None:
     base = models["llama"]
     dense = write_old_gptq(load(base), tmp_path / "old.pt", "groupless", 4, -1, positive=True)
-    convert(tmp_path / "old.pt", tmp_path / "new", options=ConvertOptions(base=str(base)))
+    convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(base)))
     new = reading(tmp_path / "new")
     assert not new.format.minus_one
     for name, weight in dense.items():
         np.testing.assert_allclose(new.read(f"{name}.weight").numpy(), weight, rtol=HALF, atol=1e-7)
 
 
-def test_a_quantised_folder_is_written_as_plain_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    base = models["llama"]
-    dense = write_old_gptq(load(base), tmp_path / "old.pt", "vicuna", 4, 32)
-    convert(tmp_path / "old.pt", tmp_path / "gptq", options=ConvertOptions(base=str(base)))
-    convert(tmp_path / "gptq", tmp_path / "plain", options=ConvertOptions(outtype="f32"))
+@pytest.mark.usefixtures("gate_here")
+@pytest.mark.parametrize(("kind", "family"), [("vicuna", "llama"), ("belle", "bloom")])
+def test_old_file_to_folder_to_plain_weights_each_proven(
+    models: dict[str, Path], tmp_path: Path, kind: Kind, family: str
+) -> None:
+    """Both sides are multiplied out layer by layer, without gptqmodel."""
+    base = models[family]
+    dense = write_old_gptq(load(base), tmp_path / "old.pt", kind, 4, 32)
+    options = ConvertOptions(base=str(base), outtype="f32")
+    for before, after in (("old.pt", "gptq"), ("gptq", "plain")):
+        report = convert(tmp_path / before, tmp_path / after, options=options)
+        assert report.parity is not None and report.parity.passed
+        assert report.parity.max_logit_difference == 0.0
+        assert set(report.parity.streamed.values()) == {"streamed"}
+        record = json.loads((tmp_path / after / "parity.json").read_text())
+        assert record["verified"] and record["greedy_equal"]
     model = load(tmp_path / "plain")
     for name, module in model.named_modules():
         if name in dense:
-            np.testing.assert_allclose(module.weight.detach().numpy(), dense[name], rtol=1e-6)
+            expected = dense[name]
+            np.testing.assert_allclose(module.weight.detach().numpy(), expected, rtol=HALF, atol=1e-7)
     assert recognise(tmp_path / "plain").name == "hf"
+
+
+@pytest.mark.usefixtures("gate_here")
+@pytest.mark.parametrize("to", ["gptq", "plain"])
+def test_a_folder_that_computes_something_else_does_not_stay(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    base = models["llama"]
+    write_old_gptq(load(base), tmp_path / "old.pt", "vicuna", 4, 32)
+    if to == "plain":
+        convert(tmp_path / "old.pt", tmp_path / "gptq", options=not_proven(base=str(base)))
+    usual = SafetensorsWriter.write
+
+    def wrong(writer: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        usual(writer, name, tensor * 1.25 if name.endswith("norm.weight") else tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", wrong)
+    source = tmp_path / ("old.pt" if to == "gptq" else "gptq")
+    with pytest.raises(ParityError, match="logits differ"):
+        convert(source, tmp_path / "out", options=ConvertOptions(base=str(base), outtype="f32"))
+    assert not (tmp_path / "out").exists()
+
+
+def write_awq(model: Any, base: Path, folder: Path, size: int = 32) -> dict[str, np.ndarray]:
+    """An AWQ folder in plain numpy; returns the weights [N, K] that it stands for. Eight columns share a word, in the
+    order 0 2 4 6 1 3 5 7 from its lowest nibble."""
+
+    def packed(values: np.ndarray) -> torch.Tensor:
+        words = np.zeros((len(values), values.shape[1] // 8), dtype=np.uint32)
+        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            words |= values[:, column::8].astype(np.uint32) << np.uint32(4 * nibble)
+        return torch.from_numpy(words.view(np.int32))
+
+    rng = np.random.default_rng(5)
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    dense = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            outputs, inputs = state.pop(f"{name}.weight").shape
+            q_KN = rng.integers(0, 16, (inputs, outputs))
+            zero_GN = rng.integers(0, 16, (inputs // size, outputs))
+            scale_GN = (rng.random(zero_GN.shape) * 0.05 + 0.01).astype(np.float16)
+            state[f"{name}.qweight"], state[f"{name}.qzeros"] = packed(q_KN), packed(zero_GN)
+            state[f"{name}.scales"] = torch.from_numpy(scale_GN)
+            dense[name] = np.empty((outputs, inputs), dtype=np.float32)
+            for k in range(inputs):
+                zero, scale = zero_GN[k // size], scale_GN[k // size].astype(np.float32)
+                dense[name][:, k] = scale * (q_KN[k] - zero)
+    shutil.copytree(base, folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    awq = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": awq}))
+    return dense
+
+
+@pytest.mark.usefixtures("gate_here")
+def test_an_awq_folder_is_multiplied_out(models: dict[str, Path], tmp_path: Path) -> None:
+    dense = write_awq(load(models["llama"]), models["llama"], tmp_path / "awq")
+    report = convert(tmp_path / "awq", tmp_path / "plain", options=ConvertOptions(outtype="f32"))
+    assert (report.kind, report.to) == ("gptq", "hf")
+    plain = open_weights(tmp_path / "plain")
+    assert len(dense) == 7
+    for name, weight in dense.items():
+        np.testing.assert_array_equal(plain.read(f"{name}.weight").numpy(), weight)
+    assert report.parity is not None and report.parity.max_logit_difference == 0.0
 
 
 def test_bad_files_are_refused_and_leave_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     base, old, out = models["llama"], tmp_path / "old.pt", tmp_path / "new"
-    options = ConvertOptions(base=str(base))
+    options = not_proven(base=str(base))
     write_old_gptq(load(base), old, "vicuna", 4, 32)
     state = torch.load(old, weights_only=True)
-    name = "model.layers.1.mlp.down_proj"
+    name = "model.layers.0.mlp.down_proj"
 
     def refused(change: dict[str, Any], why: str, **asked: Any) -> None:
         torch.save({key: value for key, value in {**state, **change}.items() if value is not None}, old)
         with pytest.raises(TuolingError, match=why):
-            convert(old, out, options=ConvertOptions(**{"base": str(base), **asked}))
+            convert(old, out, options=not_proven(**{"base": str(base), **asked}))
         assert not out.exists()
 
     refused({}, "does not say which model", base=None)
@@ -184,5 +267,5 @@ def test_code_in_a_pickle_is_not_run(models: dict[str, Path], tmp_path: Path) ->
     torch.save({**state, "x": Malicious(mark)}, old)
     assert recognise(old).name == "old-gptq"
     with pytest.raises(ModelError, match="code to be run"):
-        convert(old, tmp_path / "new", options=ConvertOptions(base=str(models["llama"])))
+        convert(old, tmp_path / "new", options=not_proven(base=str(models["llama"])))
     assert not mark.exists() and not (tmp_path / "new").exists()

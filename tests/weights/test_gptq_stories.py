@@ -33,7 +33,7 @@ def own_stories(folder: Path, count: int) -> list[dict[str, str]]:
     return [{"text": tokenizer.decode([token for token in row if token > 2])} for row in ids.tolist()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_bits_cost_nothing_and_four_little(shared_data: Path, tmp_path: Path) -> None:
     needs_gptqmodel()
     folder = build_stories260k(shared_data, tmp_path / "stories")

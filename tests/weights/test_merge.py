@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tuoling.errors import ModelError, OutputError
 from tuoling.files import manifest_problems, sha256_file, write_json
 from tuoling.models.load import find_model, load_model, load_tokenizer
-from tuoling.weights import deltas
-from tuoling.weights.deltas import LowRank, Rows, Whole, apply_changes
+from tuoling.weights import changes as changes_module
+from tuoling.weights.changes import LowRank, Rows, Whole, apply_changes
 from tuoling.weights.merge import Weighted, merge, open_merged
 
 IDS = torch.tensor([[5, 9, 200, 31, 77, 4, 1, 2]])
@@ -96,9 +98,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(EVERY))
-@pytest.mark.parametrize("kind", sorted(OPTIONS))
+# each kind of adapter once, and each family; DoRA in both orientations of a weight
+USUAL = {
+    ("bloom", "bias"),
+    ("bloom", "every_target"),
+    ("gpt2", "dora"),
+    ("llama", "dora"),
+    ("llama", "rank_and_alpha_patterns"),
+    ("qwen2", "rslora"),
+}
+
+
+def cases(families: Iterable[str], kinds: Iterable[str], usual: set[tuple[str, str]]) -> list[Any]:
+    """Every pair; those that are not usual are long."""
+    return [
+        pytest.param(family, kind, marks=() if (family, kind) in usual else pytest.mark.long)
+        for family in sorted(families)
+        for kind in sorted(kinds)
+    ]
+
+
+@pytest.mark.parametrize(("family", "kind"), cases(EVERY, OPTIONS, USUAL))
 def test_merged_computes_what_the_adapter_computes(
     bases: dict[str, Path], tmp_path: Path, family: str, kind: str
 ) -> None:
@@ -123,10 +143,9 @@ def test_merged_computes_what_the_adapter_computes(
         torch.testing.assert_close(tensor, stock[name], rtol=2e-6, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", sorted(EVERY))
+@pytest.mark.parametrize("family", ["bloom", "gpt2"])
 def test_lora_bias(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
-    if family in ("llama", "qwen2"):
-        pytest.skip("its linear layers have no bias (all of them)")
+    """The other two have linear layers without a bias."""
     adapter = peft_adapter(bases[family], tmp_path / "a", lora_bias=True)
     out = merged_folder(adapter, tmp_path / "out")
     torch.testing.assert_close(logits(out), logits(adapter), rtol=1e-5, atol=2e-5)
@@ -135,8 +154,10 @@ def test_lora_bias(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
 WHOLE = ("head_saved", "embedding_saved", "both_saved", "embedding_lora", "head_lora", "tokens")
 
 
-@pytest.mark.parametrize("family", sorted(EVERY))
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    cases(EVERY, WHOLE, {*itertools.product(["bloom"], WHOLE), ("llama", "both_saved"), ("llama", "tokens")}),
+)
 def test_embeddings_and_heads(bases: dict[str, Path], tmp_path: Path, family: str, kind: str) -> None:
     """Tied embeddings come apart where the adapter treats them differently; PEFT's own merge would change both."""
     base, embedding = bases[family], EMBEDDING[family]
@@ -267,7 +288,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, block: int) -> No
     base, left, right = torch.randn(12, 5), torch.randn(12, 3), torch.randn(3, 5)
     by_row, by_column = torch.rand(12) + 1, torch.rand(5) + 1
     whole, rows = torch.randn(12, 5), torch.randn(2, 5)
-    monkeypatch.setattr(deltas, "BLOCK_NUMBERS", block * 5)
+    monkeypatch.setattr(changes_module, "BLOCK_NUMBERS", block * 5)
 
     def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.double() for tensor in tensors]
@@ -351,8 +372,9 @@ def _without_prefix(folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("change", [_shard, _pickle, _without_prefix])
-@pytest.mark.parametrize("saved", [[], ["lm_head"]])
+@pytest.mark.parametrize(
+    ("change", "saved"), [(_shard, []), (_pickle, []), (_without_prefix, []), (_without_prefix, ["lm_head"])]
+)
 def test_bases_in_other_files(bases: dict[str, Path], tmp_path: Path, change: Any, saved: list[str]) -> None:
     base = tmp_path / "bloom"
     shutil.copytree(bases["bloom"], base)

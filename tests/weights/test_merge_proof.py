@@ -19,8 +19,9 @@ from tuoling.models.load import find_model, load_model
 from tuoling.weights import merge as merge_module
 from tuoling.weights.merge import Weighted, merge
 from tuoling.weights.merge_proof import AsTrained
+from tuoling.weights.parity import Beside, Weights, gate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gate_here")]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,20 @@ def test_passed_and_recorded(base: Path, tmp_path: Path) -> None:
     assert record["verified"] is True and report.checked["verified"] is True
     assert parity["passed"] is True and parity["lossless"] is True
     assert 0 < parity["max_logit_difference"] <= parity["tolerance"], "rounded to bf16"
+
+
+def test_each_adapter_is_proven_with_its_own_alpha(base: Path, tmp_path: Path) -> None:
+    """Neither folder says its alpha: the merge and the proof are told, and a proof told otherwise does not pass."""
+    sources = []
+    for name, alpha in (("a", 1.0), ("b", 3.0)):
+        adapter = peft_adapter(base, tmp_path / name, seed=len(sources), lora_alpha=alpha)
+        (adapter / "adapter_config.json").unlink()
+        sources.append(find_model(adapter, base=str(base), lora_alpha=alpha))
+    report = merge([Weighted(source) for source in sources], tmp_path / "out", say=lambda _: None)
+    assert report.checked["verified"] is True
+    other = [Beside(source.path, lora_alpha=2.0) for source in sources]
+    with pytest.raises(TuolingError, match="does not compute the same"):
+        gate(Weights(base, tuple(other)), tmp_path / "out", lossless=True, say=lambda _: None)
 
 
 def test_not_passed_and_nothing_left(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +105,7 @@ def test_trained_on_four_bits(base: Path, tmp_path: Path) -> None:
     ids = [1, 5, 9, 200, 31]
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0]
-    got = AsTrained(str(adapter), str(base), None).logits(ids)
+    got = AsTrained(str(adapter), str(base)).logits(ids)
     assert torch.equal(torch.from_numpy(got), expected)
     template = json.loads((tmp_path / "out" / "template.json").read_text())
     assert "quantization" not in template and not find_model(tmp_path / "out").quantization

@@ -23,7 +23,7 @@ from tuoling.weights import meta_layout
 from tuoling.weights.convert import ConvertOptions, convert
 from tuoling.weights.meta_layout import MetaCheckpoint, pairs_apart, pairs_together
 from tuoling.weights.parity import ParityError
-from tuoling.weights.tensors import open_weights
+from tuoling.weights.tensors import SafetensorsWriter, open_weights
 
 OURS = ("manifest.json", "parity.json", "lineage.json")
 SIZES = {"dim": 64, "layers": 2, "heads": 8, "kv_heads": 8, "wide": 192, "words": 96}
@@ -228,7 +228,7 @@ def test_a_right_checklist_is_told(tmp_path: Path) -> None:
     assert any("consolidated.01.pth" in note and "right" in note for note in report.notes)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 def test_every_direction_is_proven_and_the_figures_lie_beside(tmp_path: Path) -> None:
     source = huggingface_folder(tmp_path / "hf", dtype=torch.float16)
     for before, out, to, shards in (
@@ -244,12 +244,18 @@ def test_every_direction_is_proven_and_the_figures_lie_beside(tmp_path: Path) ->
         assert "parity.json" in json.loads((out / "manifest.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 def test_a_wrong_conversion_does_not_pass_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = convert_files(huggingface_folder(tmp_path / "hf"), tmp_path / "meta", "meta")
-    monkeypatch.setattr(meta_layout, "pairs_apart", lambda rows, heads: rows)
+    usual = SafetensorsWriter.write
+
+    def wrong(writer: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        """Rotary pairs put apart once too often."""
+        usual(writer, name, meta_layout.pairs_apart(tensor, 4) if "q_proj" in name else tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", wrong)
     with pytest.raises(ParityError, match="logits differ"):
         convert(meta, tmp_path / "back", options=ConvertOptions())
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "meta"}

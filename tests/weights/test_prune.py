@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny import TEXT, sum_rows, tiny_model, write_rows
 
 from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.models.load import find_model, load_model, load_tokenizer
+from tuoling.text.render import Segment
+from tuoling.weights import prune_score
+from tuoling.weights.parity import Weights
 from tuoling.weights.prune import prune_vocab
 from tuoling.weights.prune_report import PruneOptions, PruneReport
 from tuoling.weights.prune_restore import restore_vocab
@@ -52,7 +56,7 @@ def test_logits_on_kept_words_are_the_full_models(family: str, tmp_path: Path) -
     torch.testing.assert_close(small_TV, full_TV[:, torch.from_numpy(found.old_ids)], rtol=0, atol=2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gate_finds_no_difference_at_all(family: str, tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", family)
@@ -68,6 +72,31 @@ def test_the_gate_finds_no_difference_at_all(family: str, tmp_path: Path) -> Non
     assert report.after.tokens == report.before.tokens
     assert report.after.nats < report.before.nats
     assert (tmp_path / "small" / "parity.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param("gate_here", id="here"), pytest.param(None, id="apart", marks=pytest.mark.long)]
+)
+def test_scores_are_the_models_own(place: str | None, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Here, and in a process of their own as every command computes them."""
+    if place:
+        request.getfixturevalue(place)
+    full = tiny_model(tmp_path / "full", "llama")
+    tokenizer = load_tokenizer(full, for_training=False)
+    texts = [[Segment("", False, "start"), Segment(text, False)] for text in TEXT]
+    found = prune_score.score(Weights(full), tokenizer, texts, kept=np.arange(200))
+    rows = [ids for ids, _ in tokenizer.encode_batch(texts)]
+    nats, outside, best, places = 0.0, 0.0, 0, 0
+    for ids in rows:
+        share_TV = logits(full, ids)[:-1].softmax(-1)
+        nats -= float(share_TV.gather(1, torch.tensor(ids[1:])[:, None]).log().double().sum())
+        outside += float(share_TV[:, 200:].double().sum())
+        best += int((share_TV.argmax(-1) >= 200).sum())
+        places += len(share_TV)
+    assert (found.tokens, found.characters) == (places, sum(map(len, TEXT)))
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.outside == pytest.approx(outside / places, rel=1e-5)
+    assert found.outside_best == best / places
 
 
 def test_tensors_are_the_full_ones_or_their_kept_rows(tmp_path: Path) -> None:
@@ -221,7 +250,7 @@ def adapter_on(folder: Path, out: Path, *, words: bool) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("words", [False, True])
 def test_an_adapter_goes_back_on_the_full_model(words: bool, tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", "llama")
@@ -245,7 +274,7 @@ def test_an_adapter_goes_back_on_the_full_model(words: bool, tmp_path: Path) -> 
     assert report.after.outside != report.before.outside
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_a_trained_model_goes_back_on_the_full_one(family: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file

@@ -97,7 +97,7 @@ def test_old_text_stays_and_new_text_gets_shorter(llama: Path, chinese: Path, tm
     assert ids_of(new, words) == ids_of(old, words)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
 def test_the_gate_compares_the_words_that_were_there(llama: Path, chinese: Path, tmp_path: Path) -> None:
     report = grow_vocab(llama, tmp_path / "big", chinese, say=quiet)
     assert report.parity.passed

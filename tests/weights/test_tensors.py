@@ -276,6 +276,7 @@ def test_companions_are_copied_and_nothing_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         "LICENSE.txt",
         "generation_config.json",
+        "lineage.json",
         "tokenizer.json",
     ]
     assert (out / "generation_config.json").read_text() == "ours"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
+from tuoling.cli.chat import RemoteCode
 from tuoling.language import tr
 
 HELP = tr(
@@ -21,6 +23,13 @@ HELP = tr(
     Meta 的 .pth 与 Hugging Face 互转、改变分片数、pickle 转 safetensors、改变数值类型；运行、适配器、
     模型 → GGUF（供 llama.cpp 使用）；GGUF（1、2、3）与最早的 ggml 文件 → 目录。转换后验证计算结果一致，或给出代价。""",
 )
+
+AllowNan = Annotated[bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help=tr("do not prove the result; recorded", "不验证结果；会留下记录")),
+]
+AsJson = Annotated[bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))]
 
 
 def command(
@@ -55,21 +64,21 @@ def command(
             help=tr("for GGUF, where it is not recognised", "写 GGUF 时的分词前处理，无法识别时指定"),
         ),
     ] = None,
-    allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))
-    ] = False,
+    allow_remote_code: RemoteCode = False,
+    allow_nan: AllowNan = False,
     unchecked: Annotated[
-        bool, typer.Option("--unchecked", help=tr("go on when a checksum is wrong", "校验和不符时仍继续"))
-    ] = False,
-    no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help=tr("do not prove the result; recorded", "不验证结果；会留下记录")),
+        typer.Option(
+            "--unchecked",
+            help=tr(
+                "go on with a wrong checksum, lost zero points or a vocabulary without bytes; recorded",
+                "校验和不符、零点丢失或词表没有字节时仍继续；会留下记录",
+            ),
+        ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))
-    ] = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
 ) -> None:
-    from tuoling import console
     from tuoling.weights.convert import ConvertOptions, convert
     from tuoling.weights.parity import as_record
 
@@ -82,19 +91,43 @@ def command(
         lora_alpha=lora_alpha,
         base=base,
         pre_tokenizer=pre_tokenizer,
+        allow_remote_code=allow_remote_code,
     )
     report = convert(source, out, to=to, options=options)
     if as_json:
-        parity = report.parity and as_record(report.parity)
-        print(json.dumps({**vars(report), "parity": parity}, ensure_ascii=False, default=str))  # noqa: T201
+        print_json({**vars(report), "parity": report.parity and as_record(report.parity)})
         return
+    tell_written(
+        report,
+        tr(
+            f"{report.kind} → {report.to}: {report.tensors} tensors",
+            f"{report.kind} → {report.to}：{report.tensors} 个张量",
+        ),
+    )
+
+
+class Written(Protocol):
+    """What a command left behind. notes: sentences for the user."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+def tell_written(report: Written, done: str) -> None:
+    """The notes, what was done and how large it is; the place alone on stdout, for whoever goes on with it."""
+    from tuoling import console
+
     for line in report.notes:
         console.note(line)
     size = f"{report.size_bytes / 1e6:,.1f} MB"
-    console.note(
-        tr(
-            f"{report.kind} → {report.to}: {report.tensors} tensors, {size}",
-            f"{report.kind} → {report.to}：{report.tensors} 个张量，{size}",
-        )
-    )
+    console.note(tr(f"{done}, {size}", f"{done}，{size}"))
     console.out.print(str(report.out), markup=False)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One object on stdout; paths and dtypes as text."""
+    print(json.dumps(values, ensure_ascii=False, default=str))  # noqa: T201

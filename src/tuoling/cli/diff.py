@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuoling.cli.convert import AsJson, print_json
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ NoBaseCheck = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help=tr("replace files that are there", "覆盖已有文件"))]
-AsJson = Annotated[bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))]
 
 
 def command(
@@ -111,7 +110,7 @@ def show(report: DiffReport, *, as_json: bool) -> None:
     from tuoling import console
 
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), ensure_ascii=False, default=str))  # noqa: T201
+        print_json(dataclasses.asdict(report))
         return
     console.out.print(str(report.out), markup=False)
     size = sum(one.size_bytes for one in report.files) / 2**20

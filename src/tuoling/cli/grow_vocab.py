@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tuoling.cli.chat import RemoteCode
+from tuoling.cli.convert import AllowNan, AsJson, NoVerify, print_json
 from tuoling.language import tr
 
 HELP = tr(
@@ -36,25 +37,25 @@ def command(
             "--rows", help=tr("rows to count tokens on, before and after", "用来比较前后词元数的数据")
         ),
     ] = None,
-    allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help=tr("write NaN as it is", "允许含 NaN 的权重"))
-    ] = False,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify", help=tr("do not compare the models; recorded", "不比较两个模型；会留下记录")
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))
-    ] = False,
+    allow_remote_code: RemoteCode = False,
+    allow_nan: AllowNan = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
 ) -> None:
     from tuoling import console
     from tuoling.weights.grow import grow_vocab
 
-    report = grow_vocab(model, out, tokenizer, rows=rows or [], verify=not no_verify, allow_nan=allow_nan)
+    report = grow_vocab(
+        model,
+        out,
+        tokenizer,
+        rows=rows or [],
+        verify=not no_verify,
+        allow_nan=allow_nan,
+        allow_remote_code=allow_remote_code,
+    )
     if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))  # noqa: T201
+        print_json(report.to_json())
         return
     console.out.print(
         tr(

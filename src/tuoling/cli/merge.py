@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from tuoling.cli.chat import Base, LoraAlpha, RemoteCode, Revision
+from tuoling.cli.convert import AsJson, NoVerify, print_json, tell_written
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ def command(
         list[str] | None,
         typer.Option(
             "--adapter",
-            metavar="ADAPTER[:WEIGHT]",
-            help=tr("one more, on the same base; again for others", "再加一个同一基座的适配器；可重复"),
+            metavar="ADAPTER[:WEIGHT][:alpha=A]",
+            help=tr(
+                "one more, on the same base; again for others. alpha: of this one, before --lora-alpha",
+                "再加一个同一基座的适配器；可重复。alpha 只用于它，优先于 --lora-alpha",
+            ),
         ),
     ] = None,
     weight: Annotated[
@@ -51,13 +54,8 @@ def command(
     lora_alpha: LoraAlpha = None,
     revision: Revision = None,
     allow_remote_code: RemoteCode = False,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help=tr("do not prove the result; recorded", "不验证结果；会留下记录")),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help=tr("print one JSON object", "输出一个 JSON 对象"))
-    ] = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
 ) -> None:
     from tuoling.errors import OutputError
     from tuoling.models.source import find_model
@@ -66,25 +64,49 @@ def command(
     stored = stored_dtype(dtype)
     if out.exists():
         raise OutputError(tr("already exists", "已经存在"), where=str(out))
-    named = [(adapter, weight), *map(split_weight, more or [])]
+    named = [Named(adapter, weight), *map(split_adapter, more or [])]
     weighted = [
-        Weighted(find_model(one, base=base, revision=revision, lora_alpha=lora_alpha), share)
-        for one, share in named
+        Weighted(
+            find_model(one.place, base=base, revision=revision, lora_alpha=one.lora_alpha or lora_alpha),
+            one.weight,
+        )
+        for one in named
     ]
     report = _merge(weighted, out, stored, allow_remote_code=allow_remote_code, verify=not no_verify)
     if as_json:
-        print(json.dumps(_as_json(report), ensure_ascii=False))  # noqa: T201
+        print_json(_as_json(report))
         return
-    _tell(report)
+    tell_written(
+        report,
+        tr(
+            f"{report.changed} of {report.tensors} tensors changed",
+            f"共 {report.tensors} 个张量，改动 {report.changed} 个",
+        ),
+    )
 
 
-def split_weight(word: str) -> tuple[str, float]:
-    """`ADAPTER:0.5` → (ADAPTER, 0.5); without a number after the last colon the weight is 1."""
-    head, colon, tail = word.rpartition(":")
-    try:
-        return (head, float(tail)) if colon and head else (word, 1.0)
-    except ValueError:
-        return word, 1.0
+class Named(NamedTuple):
+    """An adapter as it is named on the command line."""
+
+    place: str
+    weight: float = 1.0
+    lora_alpha: float | None = None
+
+
+def split_adapter(word: str) -> Named:
+    """`ADAPTER:0.5:alpha=16`; what follows a colon and is neither a number nor an alpha belongs to the name."""
+    place = word
+    values: dict[str, float] = {}
+    while True:
+        head, colon, tail = place.rpartition(":")
+        key, text = ("lora_alpha", tail[6:]) if tail.startswith("alpha=") else ("weight", tail)
+        try:
+            value = float(text)
+        except ValueError:
+            return Named(place, **values)
+        if not (colon and head) or key in values:
+            return Named(place, **values)
+        place, values[key] = head, value
 
 
 def _merge(
@@ -115,18 +137,3 @@ def _as_json(report: MergeReport) -> dict[str, Any]:
         "notes": list(report.notes),
         **report.checked,
     }
-
-
-def _tell(report: MergeReport) -> None:
-    from tuoling import console
-
-    for line in report.notes:
-        console.note(line)
-    size = f"{report.size_bytes / 1e6:,.1f} MB"
-    console.note(
-        tr(
-            f"{report.changed} of {report.tensors} tensors changed, {size}",
-            f"共 {report.tensors} 个张量，改动 {report.changed} 个，{size}",
-        )
-    )
-    console.out.print(str(report.out), markup=False)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tuoling.cli.diff import AsJson, Base, BaseHash, Force, NoBaseCheck, Out, Workers, show
+from tuoling.cli.convert import AsJson
+from tuoling.cli.diff import Base, BaseHash, Force, NoBaseCheck, Out, Workers, show
 from tuoling.language import tr
 
 HELP = tr(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuoling.cli.chat import Base, Device, Dtype, RemoteCode, Revision, RunOrModel, Template
+from tuoling.cli.convert import AsJson, NoVerify, print_json
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -77,12 +77,8 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     allow_remote_code: RemoteCode = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help=tr("do not measure; recorded", "不测量；会留下记录"))
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help=tr("print one JSON object", "打印一个 JSON 对象"))
-    ] = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
 ) -> None:
     from tuoling import console
     from tuoling.errors import UsageError
@@ -121,7 +117,7 @@ def command(
             step=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False, default=str))  # noqa: T201
+        print_json(report.to_json())
         return
     _tell(report)
 

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from tuoling.plots import History
 
 HELP = tr(
-    "Draw the loss of a run, or of anybody's trainer_state.json, and print its figures.",
-    "画出训练的损失曲线并列出数字；任何人的 trainer_state.json 也可以。",
+    """Write a run's report card: one HTML file that opens offline, in Chinese and English, and prints.
+
+    What was trained on what, plan against fact, curves, scores by class beside the base, examples, data, licences.
+    The same facts go into its README.md, the model card. Also draws the loss, of anybody's trainer_state.json too, and prints its figures.""",
+    """为一次训练写成绩单：一个离线可读、可打印的中英文 HTML 文件。
+
+    内容：训练了什么、计划与实际、曲线、与基座对照的各类分数、示例、数据、许可。
+    同样的内容也写入模型卡 README.md。同时画出损失曲线并列出数字；任何人的 trainer_state.json 也可以。""",
 )
 
 
@@ -36,6 +42,19 @@ def command(
         Path | None,
         typer.Option("--out", metavar="PNG", help=tr("Where to write the picture.", "图片写到哪里。")),
     ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", min=0, help=tr("of the machine: tells the cost", "机器每小时价格，用来算费用")
+        ),
+    ] = None,
+    check_data: Annotated[
+        bool,
+        typer.Option(
+            "--check-data/--no-check-data",
+            help=tr("read the training rows again", "重新读一遍训练数据做统计"),
+        ),
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("Print one JSON object.", "输出一个 JSON 对象。"))
     ] = False,
@@ -54,10 +73,23 @@ def command(
     plots.loss_plot(rows, target)
     found = summary(series)
     found["picture"] = str(target)
+    if (run / "run.json").is_file():
+        found["report"] = str(_card(run, price_per_hour, check_data=check_data))
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
     _show(found)
+
+
+def _card(run: Path, price_per_hour: float | None, *, check_data: bool) -> Path:
+    """report.html in the run folder, and the same facts in its README.md."""
+    from tuoling.evaluate.report_card.contents import read_report
+    from tuoling.evaluate.report_card.model_card import write_model_card
+    from tuoling.evaluate.report_card.page import write_page
+
+    report = read_report(run, price_per_hour=price_per_hour, check_data=check_data)
+    write_model_card(report)
+    return write_page(report, run / "report.html")
 
 
 def summary(history: History) -> dict[str, Any]:
@@ -94,3 +126,5 @@ def _show(found: dict[str, Any]) -> None:
     console.out.print(table)
     console.out.print(tr(f"steps: {found['steps']}", f"步数：{found['steps']}"))
     console.out.print(tr(f"picture: {found['picture']}", f"图片：{found['picture']}"), markup=False)
+    if "report" in found:
+        console.out.print(tr(f"report card: {found['report']}", f"成绩单：{found['report']}"), markup=False)

@@ -64,7 +64,7 @@ def first_of_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 @functools.cache
-def _heard() -> NDArray[np.uint32]:
+def heard() -> NDArray[np.uint32]:
     """Code point → what counts of it: NFKC and case folded where that is one character; 0 for what is not heard."""
     table = np.arange(0x110000, dtype=np.uint32)
     for code in range(0x10000):
@@ -80,8 +80,8 @@ def _heard() -> NDArray[np.uint32]:
 
 def _shingles(text: str) -> NDArray[np.uint64]:
     """Hashes of the text's character 4-grams in order, after full width, case, whitespace and punctuation. [S]"""
-    heard = _heard()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
-    codes: NDArray[np.uint64] = heard[heard != 0].astype(np.uint64)
+    folded = heard()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+    codes: NDArray[np.uint64] = folded[folded != 0].astype(np.uint64)
     if not len(codes):
         return codes
     if len(codes) < _GRAM:  # one shingle: the whole of a short text

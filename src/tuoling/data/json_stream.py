@@ -58,8 +58,12 @@ def said(error: Exception) -> str:
 
 
 def not_json(message: str, *, line: int | None = None, column: int | None = None) -> Problem:
-    """The problem of a row that does not parse."""
-    where = "" if line is None else tr(f" (line {line}, column {column})", f"（第 {line} 行第 {column} 列）")
+    """The problem of a row that does not parse. line: where it is not the row's own."""
+    where = ""
+    if column is not None:
+        where = tr(f" (column {column})", f"（第 {column} 列）")
+    if line is not None:
+        where = tr(f" (line {line}, column {column})", f"（第 {line} 行第 {column} 列）")
     return Problem("", "not_json", tr(f"not JSON: {message}{where}", f"不是合法的 JSON：{message}{where}"))
 
 
@@ -95,7 +99,7 @@ def _odd_line(number: int, line: str, error: Exception) -> Iterator[Raw]:
         values = []
     if not values or not all(isinstance(value, dict) for value in values):
         column = error.colno if isinstance(error, json.JSONDecodeError) else 1
-        yield number, text[:_EXCERPT], not_json(said(error), line=number, column=column), None
+        yield number, text[:_EXCERPT], not_json(said(error), column=column), None
         return
     flag = Problem("", "json_syntax", tr("a comma after the row", "行尾多了逗号")) if comma else None
     for value in values:

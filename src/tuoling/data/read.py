@@ -53,16 +53,21 @@ def read_rows(source: Source) -> Iterator[Row]:
     `source.sample` keeps that many rows, drawn with `source.seed`, in file order (all, where there are fewer).
     Raises DataError for a source that is missing, empty or binary, MissingPackage for Parquet and hub sources.
     """
-    reader = _RowReader(source)
+    reader = RowReader(source)
+    for number, raw in numbered_rows(source):
+        yield reader.row(number, raw)
+
+
+def numbered_rows(source: Source) -> Iterator[tuple[int, Raw]]:
+    """Number from 1 and content of every row that `read_rows` reads, before anything is made of it."""
     if source.sample is None:
-        for number, raw in enumerate(_raw_rows(source), 1):
-            yield reader.row(number, raw)
+        yield from enumerate(_raw_rows(source), 1)
         return
     count = sum(1 for _ in _raw_rows(source))
     chosen = set(random.Random(source.seed).sample(range(1, count + 1), min(source.sample, count)))
     for number, raw in enumerate(_raw_rows(source), 1):
         if number in chosen:
-            yield reader.row(number, raw)
+            yield number, raw
 
 
 def is_trained(name: str, source: Source) -> bool:
@@ -74,7 +79,7 @@ def is_trained(name: str, source: Source) -> bool:
 
 def guess(source: Source) -> Guess:
     """What the source is taken for: its container, and the format of its first readable row."""
-    reader = _RowReader(source)
+    reader = RowReader(source)
     words = tr("dataset of the hub", "hub 数据集") if source.hub else _container(source).words
     for number, raw in enumerate(_raw_rows(source), 1):
         row = reader.row(number, raw)
@@ -98,7 +103,7 @@ def _raw_rows(source: Source) -> Iterator[Raw]:
     return read_container(source.path, _container(source))
 
 
-class _RowReader:
+class RowReader:
     """Raw records of one source → rows. Remembers what rows of each shape are."""
 
     def __init__(self, source: Source) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from tuoling.errors import TemplateError
 from tuoling.evaluate.items import Item
-from tuoling.files import append_jsonl, read_jsonl, require_writable, sha256_text
+from tuoling.evaluate.labels import Note
+from tuoling.files import append_jsonl, cut_torn_line, read_jsonl, require_writable, sha256_text
 from tuoling.infer.engine import Engine, GenerationSettings, PromptTooLong, Reply
-from tuoling.language import tr
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,7 @@ class Log:
         self.rows: dict[str, dict[str, Any]] = {}
         require_writable(path.parent)
         if path.is_file():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                with path.open("r+b") as file:
-                    file.truncate(whole)
+            cut_torn_line(path)
             self.rows = {row["key"]: row for _, row in read_jsonl(path)}
         self._file = path.open("a", encoding="utf-8")
 
@@ -100,21 +96,23 @@ def _of(reply: Reply) -> Answer:
     return Answer(reply.text, reply.finish_reason, reply.completion_tokens)
 
 
-def empty_words(answers: Sequence[Answer], side: str) -> list[str]:
+def empty_words(answers: Sequence[Answer], side: str) -> list[Note]:
     """What to say of answers that hold nothing."""
     refused = sum(answer.finish_reason == "refused" for answer in answers)
     empty = sum(not answer.text.strip() for answer in answers) - refused
     total = len(answers)
-    said = []
+    said: list[Note] = []
     if refused:
         said.append(
-            tr(
+            Note(
                 f"{side}: {refused} of {total} questions do not fit the model's context: they count as empty answers",
                 f"{side}：{total} 题中有 {refused} 题超出模型上下文，按空回答计",
             )
         )
     if empty:
         said.append(
-            tr(f"{side}: {empty} of {total} answers are empty", f"{side}：{total} 个回答中有 {empty} 个为空")
+            Note(
+                f"{side}: {empty} of {total} answers are empty", f"{side}：{total} 个回答中有 {empty} 个为空"
+            )
         )
     return said

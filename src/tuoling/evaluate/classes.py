@@ -6,6 +6,9 @@ import difflib
 import unicodedata
 from collections.abc import Mapping
 
+ALL = "all"
+"""The class of rows that have none."""
+
 BELLE_CLASSES: Mapping[str, str] = {
     "open qa": "开放问答",
     "closed qa": "封闭问答",
@@ -54,8 +57,3 @@ def nearest_class(name: str) -> str | None:
     """The BELLE class that an unknown name may mean."""
     near = difflib.get_close_matches(normal_class(name), BELLE_CLASSES, n=1)
     return near[0] if near else None
-
-
-def class_label(name: str, language: str) -> str:
-    """A class as a report shows it."""
-    return BELLE_CLASSES.get(name, name) if language == "zh" else name

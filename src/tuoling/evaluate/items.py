@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuoling.errors import DataError, UsageError
-from tuoling.evaluate.classes import normal_class
+from tuoling.evaluate.classes import ALL, normal_class
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation
 
@@ -25,8 +25,6 @@ CLASS_COLUMNS = (
     "类型",
     "分类",
 )
-ALL = "all"
-"""The class of rows that have none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tuoling.data.duplicates import NEAR, NearDuplicates, first_of_equal, groups_of, key_of, spoken
 from tuoling.evaluate.items import Item
-from tuoling.language import tr
+from tuoling.evaluate.labels import Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,21 @@ class Leaks:
             ],
         }
 
-    def words(self, total: int) -> str:
+    def words(self, total: int) -> Note:
         """One line for people."""
         leaked = len(self.exact) + len(self.near)
         if self.missing and not self.trained:
             names = ", ".join(self.missing)
-            return tr(
+            return Note(
                 f"leaks unknown: the training rows are not here ({names})",
                 f"无法检查泄漏：训练数据不在（{names}）",
             )
         if not leaked:
-            return tr(
+            return Note(
                 f"no question of {total} is among {self.trained} training rows",
                 f"{total} 题都不在 {self.trained} 行训练数据中",
             )
-        return tr(
+        return Note(
             f"{leaked} of {total} questions were trained on ({len(self.exact)} word for word, {len(self.near)} nearly): "
             "their scores prove nothing",
             f"{total} 题中有 {leaked} 题训练过（{len(self.exact)} 题原样，{len(self.near)} 题近似）：这些题的分数不作数",

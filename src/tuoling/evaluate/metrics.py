@@ -20,20 +20,6 @@ REPEAT_GRAM = 4
 _ENDS = " \t\r\n。.！!？?；;，,、：:\"'“”‘’「」"
 
 
-def metric_label(name: str) -> str:
-    """A metric's full name in the user's language; the method stands in it, so that nobody takes it for a judge."""
-    labels = {
-        "judge": tr("judge's score", "裁判评分"),
-        "exact_match": tr("exact match", "完全一致"),
-        "accuracy": tr("accuracy", "正确率"),
-        "f1": tr("character F1", "字符 F1"),
-        "char_bleu": tr("character BLEU (sacrebleu)", "字符 BLEU（sacrebleu）"),
-        "rouge_l": tr("ROUGE-L over words (jieba)", "ROUGE-L（jieba 分词）"),
-        "wins": tr("wins less losses", "净胜率"),
-    }
-    return labels.get(name, name)
-
-
 def normal_answer(text: str) -> str:
     """For comparing whole answers: NFKC, case folded, whitespace gone, no punctuation at the ends."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_ENDS)
@@ -66,9 +52,7 @@ def _bleu() -> Any:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
-        raise MissingPackage(
-            "sacrebleu", extra="evaluate", purpose=tr("character BLEU", "字符 BLEU")
-        ) from error
+        raise MissingPackage("sacrebleu", extra="eval", purpose=tr("character BLEU", "字符 BLEU")) from error
     return BLEU(tokenize="char", effective_order=True)
 
 
@@ -104,7 +88,7 @@ def _words() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError as error:
-        raise MissingPackage("jieba", extra="evaluate", purpose="ROUGE-L") from error
+        raise MissingPackage("jieba", extra="eval", purpose="ROUGE-L") from error
     jieba.setLogLevel(logging.WARNING)
     cut: Callable[[str], list[str]] = jieba.lcut
     return cut

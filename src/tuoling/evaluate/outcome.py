@@ -11,6 +11,7 @@ from typing import Any
 from tuoling import environment, files
 from tuoling.evaluate.answers import Answer
 from tuoling.evaluate.items import Item
+from tuoling.evaluate.labels import Note
 from tuoling.evaluate.metrics import rates
 from tuoling.evaluate.statistics import mean_interval, paired
 
@@ -43,7 +44,7 @@ class Outcome:
     sides: list[Side]
     headline: str
     facts: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     complete: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Outcome:
                 }
                 for group, places in ((group, self._places(group)) for group in groups)
             },
-            "notes": self.notes,
+            "notes": [note._asdict() for note in self.notes],
             **self.facts,
         }
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tuoling import environment
-from tuoling.evaluate.classes import class_label
-from tuoling.evaluate.metrics import metric_label
+from tuoling.evaluate.labels import METRICS, SIDES, VERDICTS, class_names, figure
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -18,22 +16,20 @@ COLOURS = {"better": "green", "worse": "red", "cannot tell": "dim"}
 
 def verdict_label(verdict: str) -> str:
     """better, worse or cannot tell in the user's language."""
-    return {
-        "better": tr("better", "更好"),
-        "worse": tr("worse", "更差"),
-        "cannot tell": tr("cannot tell", "无法判断"),
-    }[verdict]
-
-
-def figure(metric: str, value: float) -> str:
-    """A score as it is shown: per cent, but for nats."""
-    return f"{value:.3f}" if metric == "log_likelihood" else f"{100 * value:.1f}"
+    zh, en = VERDICTS[verdict]
+    return tr(en, zh)
 
 
 def side_label(name: str) -> str:
     """base, tuned or model in the user's language; another name as it is."""
-    labels = {"base": tr("base", "基座"), "tuned": tr("tuned", "微调后"), "model": tr("model", "模型")}
-    return labels.get(name, name)
+    zh, en = SIDES.get(name, (name, name))
+    return tr(en, zh)
+
+
+def metric_label(name: str) -> str:
+    """A metric's full name; the method stands in it, so that nobody takes it for a judge."""
+    zh, en = METRICS.get(name, (name, name))
+    return tr(en, zh)
 
 
 def score_table(scores: Mapping[str, Any], metric: str | None = None) -> Table:
@@ -51,8 +47,10 @@ def score_table(scores: Mapping[str, Any], metric: str | None = None) -> Table:
         table.add_column(tr("difference (95 %)", "差值（95%）"), justify="right")
         table.add_column("")
     for name, entry in scores["classes"].items():
-        label = class_label(name, environment.language())
-        table.add_row(label, str(entry["items"]), *_cells(entry["metrics"].get(metric, {}), metric, sides))
+        zh, en = class_names(name, str(scores["suite"]))
+        table.add_row(
+            tr(en, zh), str(entry["items"]), *_cells(entry["metrics"].get(metric, {}), metric, sides)
+        )
     if len(scores["classes"]) > 1:
         cells = _cells(scores["overall"].get(metric, {}), metric, sides)
         table.add_row(tr("all", "全部"), str(scores["items"]), *cells, style="bold")

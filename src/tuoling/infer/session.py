@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,14 @@ class ChatSession:
         *,
         system: str | None = None,
         memory_tokens: int | None = None,
+        exchanges: Iterable[tuple[str, str]] = (),
         history: Path | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """memory_tokens: limit of prompt and answer; the model's own context by default. say: takes notes.
 
-        history: a file that gets every talk as a training row when it is over (`finish`, `new`).
+        exchanges: questions and answers so far. history: a file that gets every talk as a training row when it is
+        over (`finish`, `new`).
         """
         self.engine = engine
         self.settings = settings
@@ -60,7 +62,7 @@ class ChatSession:
         self._memory_tokens = memory_tokens
         self._history = history
         self._say = say
-        self._exchanges: list[tuple[str, str]] = []
+        self._exchanges = list(exchanges)
         self._shown = ""
         self._said_dropped = 0
 

@@ -99,6 +99,11 @@ class TorchEngine(TemplatePrompts):
             raise unknown_adapter(adapter, self.adapters)
         return self._family[adapter]
 
+    @property
+    def layers(self) -> str | None:
+        """PEFT's name of this engine's adapter in the model; None: the bare base answers."""
+        return self._layers
+
     @contextmanager
     def selected(self) -> Iterator[None]:
         """Within, forwards of this thread run with this engine's adapter; those of other threads with theirs."""

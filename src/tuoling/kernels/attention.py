@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuoling.kernels.flash_float32 import flash_in_float32
 from tuoling.kernels.short_attention import LONGEST, short_attention
@@ -83,9 +83,29 @@ class Pack:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the offsets lie."""
+        return self.cu_seqlens.device
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest document, the head's among them."""
         return self.head + self.lengths[1] if self.head else max(self.lengths)
+
+    def attend(
+        self,
+        layer: nn.Module,
+        q_TND: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        bias: Bias | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """`attend` over this pack; every layer's alike. window: what the layer says of itself; the bias has it."""
+        return attend(q_TND, k_TKD, v_TKD, self, scale=scale, dropout=dropout, bias=bias)
 
     def layout(self, width: int) -> Layout:
         """Groups for heads of `width` = N x D numbers: short documents share a launch, long ones go alone.
@@ -223,7 +243,7 @@ def _attend_documents(
                 torch.cat([x.transpose(0, 1).expand(group.count, -1, -1, -1), own], dim=2)
                 for x, own in zip(head, (k, v), strict=True)
             )
-        out = _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias)
+        out = attend_last(q, k, v, scale=scale, dropout=dropout, bias=bias)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out_TND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if layout.slots is None:
@@ -232,8 +252,14 @@ def _attend_documents(
     return gathered
 
 
-def _attend_group(
-    q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, *, scale: float, dropout: float, bias: Bias | None
+def attend_last(
+    q_BNLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    bias: Bias | None = None,
 ) -> Tensor:
     """Causal attention of B documents of one length; a bias longer than QUERY_ROWS is met in blocks.
 
@@ -251,7 +277,7 @@ def _attend_group(
     short = on_cpu and keys <= min(LONGEST, QUERY_ROWS) and dropout == 0.0
     if in_float32 and (short or dropout > 0.0 or q_BNLD.shape[-1] != v_BKLD.shape[-1]):
         q, k, v = q_BNLD.float(), k_BKLD.float(), v_BKLD.float()
-        return _attend_group(q, k, v, scale=scale, dropout=dropout, bias=bias).to(q_BNLD.dtype)
+        return attend_last(q, k, v, scale=scale, dropout=dropout, bias=bias).to(q_BNLD.dtype)
     if bias is None and keys > length:
         bias = _CAUSAL
     plain = keys == length and (

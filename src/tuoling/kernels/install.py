@@ -106,6 +106,10 @@ class FastModel:
             start += len(ids)
         return torch.stack(losses).sum()
 
+    def facts(self) -> dict[str, Any]:
+        """Which paths are used, for run.json."""
+        return {"packed": self.packed, "fused_loss": self.fused_loss, "not_used": list(self.reasons)}
+
     def uninstall(self) -> None:
         """Leave the model as it was found."""
         self._attention.restore()

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from tuoling.errors import ModelError
-from tuoling.kernels.attention import Bias, Pack, Unpackable, attend
+from tuoling.kernels.attention import Bias, Pack, Unpackable
+from tuoling.kernels.decode import DecodeStep
 from tuoling.language import tr
 
 NAME = "tuoling_packed"
-_ACTIVE: ContextVar[Pack | None] = ContextVar("tuoling_active_pack", default=None)
+Together = Pack | DecodeStep
+"""What says which tokens of a row see each other."""
+_ACTIVE: ContextVar[Together | None] = ContextVar("tuoling_active_pack", default=None)
 _REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "layer_head_mask", "cache")
 
 
 @contextmanager
-def active_pack(pack: Pack | None) -> Iterator[None]:
+def active_pack(pack: Together | None) -> Iterator[None]:
     """Masks built inside are those of the pack."""
     token = _ACTIVE.set(pack)
     try:
@@ -37,9 +40,14 @@ def active_pack(pack: Pack | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def pack_of(mask: Any) -> Pack | None:
+def decoding() -> bool:
+    """Whether a step of answers that grow is being computed."""
+    return isinstance(_ACTIVE.get(), DecodeStep)
+
+
+def pack_of(mask: Any) -> Together | None:
     """The pack a mask carries; None for an ordinary mask (generation, evaluation by others)."""
-    pack: Pack | None = getattr(mask, "tuoling_pack", None)
+    pack: Together | None = getattr(mask, "tuoling_pack", None)
     if pack is None and isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0:
         raise ModelError(
             tr("gradient checkpointing lost the packed mask", "梯度检查点丢失了打包掩码"),
@@ -68,12 +76,14 @@ def _mask_interface(original: str, **arguments: Any) -> Any:
     pack = _ACTIVE.get()
     if pack is None:
         return ALL_MASK_ATTENTION_FUNCTIONS[original](**arguments)
-    device = arguments.get("device") or pack.cu_seqlens.device
+    device = arguments.get("device") or pack.device
     mask = torch.empty(
         1, 1, 0, 0, device=device
     )  # empty: an attention that is not ours fails instead of using it
     mask.tuoling_pack = pack  # type: ignore[attr-defined]
-    window = _window_of(arguments["mask_function"], pack, device) if pack.readable else None
+    window = None
+    if isinstance(pack, Pack) and pack.readable:
+        window = _window_of(arguments["mask_function"], pack, device)
     mask.tuoling_bias = None if window is None else Bias(window=window)  # type: ignore[attr-defined]
     return mask
 
@@ -128,14 +138,15 @@ def _attention_interface(
             )
         )
     scale = options.get("scaling")
-    out_TND = attend(
+    out_TND = pack.attend(
+        module,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        pack,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         dropout=options.get("dropout") or 0.0,
         bias=attention_mask.tuoling_bias,  # type: ignore[union-attr]
+        window=options.get("sliding_window"),
     )
     return out_TND.unsqueeze(0), None
 

@@ -12,6 +12,7 @@ import torch
 
 from tuoling import environment
 from tuoling.errors import ModelError
+from tuoling.families import own_code_refused
 from tuoling.kernels import quantized
 from tuoling.language import tr
 from tuoling.models import gptq_packages, placement
@@ -126,6 +127,8 @@ def _config(folder: Path, source: ModelSource, allow_remote_code: bool) -> Pretr
             folder, trust_remote_code=allow_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
         kind = source.config.get("model_type")
         raise ModelError(
             tr(
@@ -157,17 +160,7 @@ def _refuse_by_family(source: ModelSource, allow_remote_code: bool) -> None:
             remedy=tr("choose a text generation model", "请选择文本生成模型"),
         )
     if "own_code" in source.family.quirks and not allow_remote_code:
-        raise ModelError(
-            tr(
-                f"{source.family.name} folders bring their own Python code, and it is not run unless you say so",
-                f"{source.family.name} 的目录自带 Python 代码，未经允许不会运行",
-            ),
-            where=str(source.path),
-            remedy=tr(
-                "read the code, then allow it: allow_remote_code=true",
-                "先读代码，再允许：allow_remote_code=true",
-            ),
-        )
+        raise own_code_refused(source.path)
 
 
 def _load_base(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tuoling.errors import ModelError
+from tuoling.families import own_code_refused
 from tuoling.language import tr
 
 
@@ -35,6 +36,8 @@ def meta_model(folder: Path, *, allow_remote_code: bool = False) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=allow_remote_code)
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
         raise ModelError(
             tr(
                 "transformers cannot build a causal language model from it",
@@ -53,6 +56,15 @@ def shape_of(model: Any) -> Shape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
     )
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """[outputs, inputs] of every linear layer, the head too."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def linear_weights(model: Any) -> int:

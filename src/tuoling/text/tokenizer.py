@@ -44,6 +44,7 @@ class TextTokenizer:
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int | None = hf.eos_token_id
         self.pad_id: int | None = hf.pad_token_id
+        self._unk_id: int | None = hf.unk_token_id
         backend = getattr(hf, "backend_tokenizer", None) if getattr(hf, "is_fast", False) else None
         self._fast: tokenizers.Tokenizer | None = backend
         self._inside: tokenizers.Tokenizer | None = backend
@@ -63,6 +64,36 @@ class TextTokenizer:
         self.marks_words = self._encode_start([_PROBE]) != self._encode_inside([_PROBE])
         self._mark_after_special = self.marks_words and self._marks_after_special()
         self.adds_bos = self.bos_id is not None and list(hf("")["input_ids"][:1]) == [self.bos_id]
+
+    # -- to other processes ------------------------------------------------------------------------------------
+
+    @property
+    def portable(self) -> bool:
+        """Whether it can be pickled. What comes out encodes rows alike, and has no `hf`."""
+        return self._json != ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of a portable one, as JSON."""
+        return len(self._json)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.portable:
+            raise TypeError("a tokenizer that is not a fast one stays in its process")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("hf", "_lock", "_fast", "_inside")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import tokenizers
+
+        vars(self).update(state)
+        self.hf = None
+        self._lock = threading.Lock()
+        self._fast = tokenizers.Tokenizer.from_str(self._json)
+        self._inside = _without_word_mark(self._json, self._fast)
 
     # -- facts -------------------------------------------------------------------------------------------------
 
@@ -131,13 +162,16 @@ class TextTokenizer:
                 begin = len(ids)
                 if where == _ID:
                     ids.append(index)
-                else:
+                elif begin:
                     ids += start[index] if where == _START else inside[index]
-                if learned and len(ids) > begin:
+                else:
+                    ids = start[index] if where == _START else inside[index]  # nobody else has it
+                end = len(ids)
+                if learned and end > begin:
                     if spans and spans[-1][1] == begin:
-                        spans[-1] = (spans[-1][0], len(ids))
+                        spans[-1] = (spans[-1][0], end)
                     else:
-                        spans.append((begin, len(ids)))
+                        spans.append((begin, end))
             out.append((ids, spans))
         return out
 
@@ -200,8 +234,8 @@ class TextTokenizer:
         if segment.kind == "start":
             return self.bos_id if self.adds_bos else None
         if segment.kind == "token":
-            found = self.hf.convert_tokens_to_ids(segment.text)
-            return found if found is not None and found != self.hf.unk_token_id else None
+            found = (self._fast.token_to_id if self._fast else self.hf.convert_tokens_to_ids)(segment.text)
+            return found if found is not None and found != self._unk_id else None
         if self.eos_id is None and segment.learned:
             raise ModelError(
                 tr(

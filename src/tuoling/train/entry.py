@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,3 +43,76 @@ def train(
     if launch.alone:
         return run(loaded.config, notes=loaded.notes, say=say or console.note, show_plan=show_plan)
     return train_on(launch, loaded.config, notes=loaded.notes, say=say or console.note, show_plan=show_plan)
+
+
+def resume(
+    run: str | Path,
+    *,
+    from_checkpoint: str | None = None,
+    skip_damaged: bool = False,
+    accept_changes: bool = False,
+    say: Callable[[str], None] | None = None,
+    show_plan: Callable[[Setup], None] | None = None,
+    launch: Launch | None = None,
+    **keys: Any,
+) -> RunResult:
+    """Go on with a run that was stopped or killed, exactly where it was: `tuoling.resume("RUN")`.
+
+    from_checkpoint: another one than the newest. skip_damaged: the newest whole one where the last is damaged.
+    accept_changes: also on changed rows, template, base or config. launch: as many processes as before where None.
+    keys: config keys that do not change what is learned. Raises TuolingError.
+    """
+    environment.quiet_libraries()
+    from tuoling.train.launch import Launch, train_on
+    from tuoling.train.loop import train as go_on
+    from tuoling.train.resume import config_of, open_run
+
+    start = open_run(
+        Path(run), named=from_checkpoint, skip_damaged=skip_damaged, accept_changes=accept_changes
+    )
+    assert start.record is not None
+    config, notes = config_of(start, keys), start.record.get("notes", ())
+    say = say or console.note
+    if launch is None:  # a launcher of somebody else's has started its processes already
+        launch = Launch(nproc=1 if environment.world_size() > 1 else int(start.record.get("processes", 1)))
+    if launch.alone:
+        return go_on(config, notes=notes, say=say, show_plan=show_plan, start=start)
+    return train_on(launch, config, notes=notes, say=say, show_plan=show_plan, start=start)
+
+
+def continue_from(
+    source: str | Path,
+    words: Sequence[str],
+    flags: dict[str, Any],
+    *,
+    base: str | None = None,
+    keep_schedule: bool = False,
+    from_data_beginning: bool | None = None,
+    epochs: float | None = None,
+    agreed: Callable[[str], bool] = lambda said: False,
+    say: Callable[[str], None] | None = None,
+    show_plan: Callable[[Setup], None] | None = None,
+    nproc: int = 1,
+) -> RunResult:
+    """Begin a new run from old weights on rows of its own (`tuoling continue`). words: key=value; flags: config keys.
+
+    keep_schedule and the arguments below it: see `continuing.along_schedule`. Raises TuolingError.
+    """
+    environment.quiet_libraries()
+    from tuoling.train.continuing import along_schedule, fresh, from_weights
+    from tuoling.train.launch import Launch, train_on
+    from tuoling.train.loop import train as run
+
+    say = say or console.note
+    found = from_weights(str(source), words, flags, base=base, keep_schedule=keep_schedule)
+    for line in found.loaded.notes:
+        say(line)
+    start = fresh(found)
+    if keep_schedule:
+        start = along_schedule(
+            found, say=say, from_data_beginning=from_data_beginning, epochs=epochs, agreed=agreed
+        )
+    config, notes = found.loaded.config, found.loaded.notes
+    if nproc == 1:
+        return run(config, notes=notes, say=say, show_plan=show_plan, start=start)
+    return train_on(Launch(nproc=nproc), config, notes=notes, say=say, show_plan=show_plan, start=start)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from tuoling import files
 from tuoling.language import tr
 from tuoling.train.card import model_card
-from tuoling.train.checkpoint import SaveWeights
+from tuoling.train.checkpoint import POSITION, SaveWeights
 from tuoling.train.progress import Progress, results_of, trainer_state
 
 if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
     from tuoling.train.run_folder import RunFolder
 
-_OF_A_CHECKPOINT = ("optimizer.safetensors", "rng.safetensors", "position.json", files.MANIFEST)
+_OF_A_CHECKPOINT = ("optimizer.safetensors", "rng.safetensors", POSITION, files.MANIFEST)
 
 
 def finish(

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuoling import console, environment, files
-from tuoling.data.batches import lay
-from tuoling.data.pack import Batch, collate, nothing_learned
+from tuoling.data.pack import Batch, collate
 from tuoling.kernels.install import FastModel
 from tuoling.kernels.loss import Extras
 from tuoling.language import tr
 from tuoling.models.load import load_model
-from tuoling.train.checkpoint import prune_checkpoints, random_state, save_checkpoint
+from tuoling.train.checkpoint import load_random_state
 from tuoling.train.finish import finish
+from tuoling.train.forward import batch_loss, can_share_head, evaluate_loss, last_rows, probe
 from tuoling.train.interrupt import Interrupt
 from tuoling.train.memory import quantization_of
 from tuoling.train.optim import make_optimizer, set_learning_rate
@@ -31,14 +31,18 @@ from tuoling.train.prepare import Setup, prepare
 from tuoling.train.progress import (
     Progress,
     improved,
+    log_evaluation,
     log_step,
     not_finite,
+    note_evaluation,
     note_step,
-    trainer_state,
 )
 from tuoling.train.ranks import Ranks, join
+from tuoling.train.resume import Start, check_probe, optimizer_state, source_of
 from tuoling.train.rows import Rows
-from tuoling.train.run_folder import RunFolder, claim, default_run_folder, manifest
+from tuoling.train.run_folder import RunFolder, claim, folder_of, manifest, reserved
+from tuoling.train.run_lock import locked
+from tuoling.train.saving import Saves
 from tuoling.train.steps import Steps, make_steps
 from tuoling.train.weights import WeightSaver, make_trainable
 
@@ -73,50 +77,80 @@ def train(
     notes: Sequence[str] = (),
     say: Callable[[str], None] = console.note,
     show_plan: Callable[[Setup], None] | None = None,
+    start: Start | None = None,
 ) -> RunResult:
     """Train as `config` says and leave a run folder. Everything checkable is checked before the first step.
 
+    start: where the run goes on that this is, or whose schedule it follows.
     Raises TuolingError; a run folder that was begun then says `"status": "failed"` and why.
     """
-    with console.silent(environment.place().rank != 0):
-        setup = prepare(config, say=say, notes=notes)  # rows are tokenised before the processes meet
-        if not config.ignore_memory_plan:
-            setup.plan.require_memory()
-        return train_prepared(setup, say=say, show_plan=show_plan)
+    start = start or Start()
+    first = environment.place().rank == 0
+    with console.silent(not first):
+        with reserved(config, notes, wanted=first and start.run is None) as config:
+            setup = prepare(  # rows are tokenised before the processes meet
+                config, say=say, notes=notes, laid_for=start.laid_for, offset=start.offset
+            )
+            start.verify(setup, say)
+            if not config.ignore_memory_plan:
+                setup.plan.require_memory()
+            if first:
+                setup.plan.require_disk(Path(str(config.output_dir)), config.disk_reserve_mib)
+        return train_prepared(setup, say=say, show_plan=show_plan, start=start)
 
 
 def train_prepared(
-    setup: Setup, *, say: Callable[[str], None], show_plan: Callable[[Setup], None] | None = None
+    setup: Setup,
+    *,
+    say: Callable[[str], None],
+    show_plan: Callable[[Setup], None] | None = None,
+    start: Start | None = None,
 ) -> RunResult:
     """Train what `prepare` found, with the other processes where a launcher started several."""
+    start = start or Start()
     with join(setup.device, setup.config.timeout_s) as ranks:
         if not ranks.first:
             say, show_plan = _say_nothing, None
         ranks.require_same(setup.fingerprint(), tr("config or rows", "配置或数据"))
-        folder = ranks.decide(lambda: begin(setup, say))
+        folder = ranks.decide(lambda: start.run or begin(setup, say))
         if show_plan:
             show_plan(setup)
-        record = manifest(setup, environment.versions(), environment.machine())
-        run = RunFolder(folder, record, writes=ranks.first)
-        try:
-            parts = assemble(setup, run, record, say, ranks)
-            with Interrupt() as interrupt:
-                done = fit(setup, run, parts, interrupt)
-                parts.fast.uninstall()
-                status = "interrupted" if done.step < setup.plan.total_steps else "finished"
-                results = _finish(run, setup, parts, done, status, say)
-                parts.engine.finish()
-        except BaseException as error:
-            run.fail(error)
-            raise
-    return RunResult(folder, status, results)
+        with locked(folder, wanted=ranks.first):
+            record = start.record_of(
+                setup, lambda: manifest(setup, environment.versions(), environment.machine())
+            )
+            run = RunFolder(folder, record, writes=ranks.first)
+            start.open(run, say)
+            return _train_in(run, setup, ranks, start, say)
+
+
+def _train_in(
+    run: RunFolder, setup: Setup, ranks: Ranks, start: Start, say: Callable[[str], None]
+) -> RunResult:
+    """All of a run that writes into its folder."""
+    try:
+        parts = assemble(setup, run, run.record, say, ranks, start)
+        run.set_status("running", kernels=parts.fast.facts())
+        if start.checkpoint:
+            check_probe(start, probe(parts, setup, start.position["probe"]["rows"])["loss"], setup, say)
+        with Interrupt() as interrupt:
+            done = fit(setup, run, parts, interrupt, start)
+            parts.fast.uninstall()
+            whole = is_whole(done, setup)
+            status = "finished" if whole else "interrupted"
+            results = _finish(run, setup, parts, done, status, say)
+            parts.engine.finish()
+    except BaseException as error:
+        run.fail(error)
+        raise
+    return RunResult(run.path, status, results)
 
 
 def begin(setup: Setup, say: Callable[[str], None]) -> Path:
     """Make the run folder; say what became of an old one."""
     config = setup.config
-    folder = Path(config.output_dir) if config.output_dir else default_run_folder(setup.source.name)
-    setup.plan.require_disk(folder)
+    folder = folder_of(config)
+    setup.plan.require_disk(folder, config.disk_reserve_mib)
     moved = claim(folder, overwrite=config.overwrite_output_dir)
     if moved:
         say(moved)
@@ -129,9 +163,14 @@ def assemble(
     record: dict[str, Any],
     say: Callable[[str], None],
     ranks: Ranks | None = None,
+    start: Start | None = None,
 ) -> Parts:
-    """Load the model, make its trained weights trainable, put the fast step on it, make the optimizer."""
-    config = setup.config
+    """Load the model, make its trained weights trainable, put the fast step on it, make the optimizer.
+
+    start: whose weights and state are put back.
+    """
+    config, start = setup.config, start or Start()
+    source, position = source_of(setup, start.checkpoint), start.position
     engine = make_engine(
         config,
         ranks or Ranks(),
@@ -140,51 +179,65 @@ def assemble(
         hidden=setup.hidden,
         folder=run.path,
         manifest=record,
+        trackers=position.get("trackers"),
     )
+    if config.deterministic:
+        environment.only_deterministic_kernels()
     torch.manual_seed(config.seed)
     with engine.loading():
         model = load_model(
-            setup.source,
+            source,
             dtype="fp32" if config.finetuning_type == "full" else setup.dtype,
             device=engine.loads_on or setup.device,
             for_training=True,
             allow_remote_code=config.allow_remote_code,
             quantization=quantization_of(config),
         )
-        model = make_trainable(model, setup)
+        model = make_trainable(model, setup, new=not source.is_adapter)
     fast, optimizer = engine.build(model, lambda: make_optimizer(model, config), say)
     fast.extras = Extras(config.label_smoothing_factor, config.z_loss)
+    if state := start.checkpoint or start.optimizer:
+        engine.load_optimizer(model, optimizer, optimizer_state(state, model))
+        engine.load_scaler(position.get("scaler"))
     if not engine.ranks.first:  # so that ranks drop different activations
         torch.manual_seed(config.seed + engine.ranks.rank)
     share_head = config.share_head and can_share_head(fast, setup.device, say)
     return Parts(engine, model, fast, optimizer, WeightSaver(model, setup), share_head)
 
 
-def can_share_head(fast: FastModel, device: str, say: Callable[[str], None]) -> bool:
-    """Whether rows may go on after one common head here; says so where they may not."""
-    if fast.packed and device == "cpu":
-        return True
-    say(
-        tr(
-            "share_head: not used; rows that run one by one, or on a GPU, keep their own",
-            "share_head：未使用；逐条计算或在 GPU 上时，每条数据各算各的开头",
-        )
-    )
-    return False
-
-
-def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Progress:
+def fit(
+    setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt, start: Start | None = None
+) -> Progress:
     """Step until the plan is done or the user interrupts; evaluate, log and save on the way.
 
     Raises KeyboardInterrupt where nothing has been trained yet that could be saved.
     """
-    config, plan, done = setup.config, setup.plan, Progress()
-    ranks = parts.engine.ranks
-    steps = make_steps(config, setup.train.lengths, ranks.world_size)
+    config, plan, start = setup.config, setup.plan, start or Start()
+    done, ranks = start.progress(), parts.engine.ranks
+    began_at = done.step
+    steps = make_steps(config, setup.train.lengths, ranks.world_size, setup.laid_for, setup.offset, setup.mix)
+
+    def stop() -> bool:
+        return ranks.any(interrupt.asked)
+
     parts.model.train()
-    with run.metrics() as metrics, console.progress() as bar:
-        task = bar.add_task(tr("training", "训练中"), total=plan.total_steps, detail="")
-        while done.step < plan.total_steps and not ranks.any(interrupt.asked):
+    if setup.watched and done.watch_loss_before is None:
+        done.watch_loss_before = watch(parts, setup, setup.watched)
+    if start.checkpoint:
+        load_random_state(start.checkpoint, ranks.rank)
+    with (
+        run.metrics() as metrics,
+        console.progress() as bar,
+        Saves(run, setup, parts.engine, parts.model, parts.saver) as saves,
+    ):
+        task = bar.add_task(tr("training", "训练中"), total=plan.total_steps, completed=done.step, detail="")
+        if done.eval_due is not None:
+            row = evaluated(parts, setup, done, done.eval_due, stop)
+            files.append_jsonl(metrics, row)
+            log_evaluation(run, row)
+            note_evaluation(done, config, row)
+            improved(done, config, row)
+        while done.step < plan.total_steps and not done.stopped_early and not stop():
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)
@@ -194,40 +247,52 @@ def fit(setup: Setup, run: RunFolder, parts: Parts, interrupt: Interrupt) -> Pro
             if not step_is_finite(parts.engine, step.loss, step.grad_norm):
                 rows = ranks.gather([row for batch in batches for row in batch.rows])
                 raise not_finite(run, setup, [each for share in rows for each in share], row)
-            bar.update(
-                task,
-                completed=done.step,
-                detail=f"loss {step.loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s",
-            )
-            last = done.step == plan.total_steps or ranks.any(interrupt.asked)
+            shown = f"loss {step.loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s"
+            bar.update(task, completed=done.step, detail=shown)
+            last = done.step == plan.total_steps
             if setup.held_out and (last or done.step % plan.eval_steps == 0):
-                row["eval_loss"] = done.eval_loss = evaluate_loss(parts, setup, setup.held_out)
+                row = evaluated(parts, setup, done, row, stop)
             files.append_jsonl(metrics, row)
             log_step(run, parts.engine.accelerator, row, config.logging_steps, last)
+            note_evaluation(done, config, row)
             if improved(done, config, row) or (done.step % plan.save_steps == 0 and not last):
-                _save(setup, run, parts, done)
-    if done.step == 0:
+                saves.save(done, parts.optimizer, probe(parts, setup, last_rows(steps, done.step)))
+            saves.poll()
+        whole = is_whole(done, setup)
+        if setup.watched and whole:
+            done.watch_loss_after = watch(parts, setup, setup.watched)
+        if not whole and done.step not in (began_at, saves.last_step):
+            saves.save(done, parts.optimizer, probe(parts, setup, last_rows(steps, done.step)))
+    done.stall_s += saves.stall_s
+    if done.step == setup.offset.step:
         raise KeyboardInterrupt
     return done
 
 
-def _save(setup: Setup, run: RunFolder, parts: Parts, done: Progress) -> None:
-    engine = parts.engine
-    weights = engine.whole_weights(parts.model)
-    optimizer = engine.optimizer_tensors(parts.model, parts.optimizer)
-    random = engine.ranks.gather(random_state())
-    if not engine.ranks.first:
-        return
-    save_checkpoint(
-        run.path / f"checkpoint-{done.step}",
-        save_weights=lambda folder: parts.saver.save(folder, weights),
-        optimizer=optimizer,
-        random=random,
-        trainer_state=trainer_state(run, setup, done),
-        position={"step": done.step, "rows_seen": done.rows_seen, "seed": setup.config.seed},
-    )
-    best = done.best["checkpoint"] if done.best else None
-    prune_checkpoints(run.path, keep=setup.config.save_total_limit, best=best)
+def is_whole(done: Progress, setup: Setup) -> bool:
+    """Whether nothing of the run is left to do."""
+    return (done.step == setup.plan.total_steps or done.stopped_early) and done.eval_due is None
+
+
+def watch(parts: Parts, setup: Setup, rows: Rows) -> float:
+    """The loss of rows that are not trained, said."""
+    loss = evaluate_loss(parts, setup, rows)
+    assert loss is not None
+    console.note(tr(f"watched rows: loss {loss:.4f}", f"监测数据：损失 {loss:.4f}"))
+    return loss
+
+
+def evaluated(
+    parts: Parts, setup: Setup, done: Progress, row: dict[str, Any], stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """The step's row with the held-out loss in it; as it was, and noted as due, where `stop` came first."""
+    assert setup.held_out is not None
+    loss = evaluate_loss(parts, setup, setup.held_out, stop)
+    done.eval_due = row if loss is None else None
+    if loss is None:
+        return row
+    done.eval_loss = loss
+    return {**row, "eval_loss": loss}
 
 
 def _finish(
@@ -290,36 +355,6 @@ def train_step(
 def step_is_finite(engine: Engine, loss: float, grad_norm: float) -> bool:
     """Whether a step may change the weights. A gradient that overflows under loss scaling is the scaler's to skip."""
     return math.isfinite(loss) and (engine.scales_loss or math.isfinite(grad_norm))
-
-
-def batch_loss(fast: FastModel, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Summed cross entropy of a packed batch, in nats, on `device`."""
-    here = batch.to(device)
-    return fast.loss_sum(
-        here.input_ids, here.labels, here.position_ids, here.cu_seqlens, here.extra_labels, here.head
-    )
-
-
-@torch.no_grad()
-def evaluate_loss(parts: Parts, setup: Setup, rows: Rows) -> float:
-    """Mean nats per learned token over held-out rows, dropout off."""
-    config = setup.config
-    laid = lay(
-        rows.lengths, rows_at_once=config.per_device_eval_batch_size, max_tokens=config.max_tokens_per_batch
-    )
-    engine, was_training = parts.engine, parts.model.training
-    mine = laid[engine.ranks.rank :: engine.ranks.world_size]
-    parts.model.eval()
-    total, learned = 0.0, 0
-    for number in range(engine.forwards(len(mine))):
-        batch = nothing_learned()
-        if number < len(mine):
-            batch = collate([rows[position] for position in mine[number]], share_head=parts.share_head)
-        with engine.autocast():
-            total += batch_loss(parts.fast, batch, engine.device).item()
-        learned += batch.num_learned
-    parts.model.train(was_training)
-    return engine.ranks.total(total) / engine.ranks.total(learned)
 
 
 def _say_nothing(message: str) -> None:

@@ -19,7 +19,7 @@ from tuoling.data.pack import Batch, nothing_learned
 from tuoling.errors import TrainingError
 from tuoling.kernels.install import FastModel, install
 from tuoling.language import tr
-from tuoling.train.checkpoint import optimizer_tensors
+from tuoling.train.checkpoint import optimizer_tensors, put_optimizer
 from tuoling.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -135,6 +135,29 @@ class Engine:
         """The optimizer's state in one piece, by the parameters' names, in the first rank. Asked in all ranks."""
         return optimizer_tensors(model, optimizer.optimizer)
 
+    def load_optimizer(self, model: nn.Module, optimizer: Any, saved: dict[str, Tensor]) -> None:
+        """Put back what `optimizer_tensors` gave, in any number of ranks. Asked in all ranks."""
+        put_optimizer(saved, model=model, optimizer=optimizer.optimizer)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Of the loss scaling of fp16; None in other precisions."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler(self, saved: dict[str, Any] | None) -> None:
+        """Put back what `scaler_state` gave."""
+        if saved and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved)
+
+    def tracker_state(self) -> dict[str, str]:
+        """The trackers' own names of this run, so that they go on with it."""
+        found = {}
+        for tracker in self.accelerator.trackers:
+            identity = getattr(getattr(tracker, "run", None), "id", None)
+            if isinstance(identity, str):
+                found[str(tracker.name)] = identity
+        return found
+
     def finish(self) -> None:
         """Close the trackers."""
         for tracker in self.accelerator.trackers:  # end_training would end the process group too
@@ -184,11 +207,16 @@ def make_engine(
     hidden: int,
     folder: Path,
     manifest: dict[str, Any],
+    trackers: dict[str, str] | None = None,
 ) -> Engine:
-    """The engine the config names, if several processes were started (DDP where it names none). hidden: the model's size."""
+    """The engine the config names, if several processes were started (DDP where it names none). hidden: the model's size.
+
+    trackers: `tracker_state` of a run that goes on.
+    """
     zero = uses_zero(config) and ranks.world_size > 1
     precision = "no" if zero and dtype != "fp32" else _PRECISION[dtype]  # DeepSpeed has its own way to either
-    accelerator = _accelerator(device, precision, config.report_to if ranks.first else (), folder, manifest)
+    reported = config.report_to if ranks.first else ()
+    accelerator = _accelerator(device, precision, reported, folder, manifest, trackers or {})
     if ranks.world_size == 1:
         return Engine(accelerator, ranks)
     if zero:
@@ -258,7 +286,12 @@ def require_packing(fast: FastModel, kind: str) -> None:
 
 
 def _accelerator(
-    device: str, precision: str, trackers: Sequence[str], folder: Path, manifest: dict[str, Any]
+    device: str,
+    precision: str,
+    trackers: Sequence[str],
+    folder: Path,
+    manifest: dict[str, Any],
+    known: dict[str, str],
 ) -> Accelerator:
     """accelerate on `device`, autocast to `precision`, with the trackers the user asked for (none by default)."""
     from accelerate import Accelerator
@@ -275,7 +308,9 @@ def _accelerator(
     )
     if trackers:
         accelerator.init_trackers(
-            "tuoling", config={k: v for k, v in manifest.items() if isinstance(v, str | int | float)}
+            "tuoling",
+            config={k: v for k, v in manifest.items() if isinstance(v, str | int | float)},
+            init_kwargs={name: {"id": identity, "resume": "allow"} for name, identity in known.items()},
         )
     return accelerator
 

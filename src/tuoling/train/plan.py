@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tuoling import environment
 from tuoling.data.batches import largest_micro_batch_tokens
 from tuoling.errors import OutputError, TrainingError
@@ -13,18 +15,26 @@ from tuoling.language import tr
 from tuoling.models.licence import to_json as lineage_json
 from tuoling.models.licence_answer import answer, short, warning
 from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, gib, require_memory
-from tuoling.train.steps import look_at, make_steps
+from tuoling.train.steps import FROM_THE_BEGINNING, Offset, look_at, make_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
-
     from tuoling.config import RunConfig
+    from tuoling.data.mix import Mix
     from tuoling.models.licence import Part
 
-DISK_RESERVE_BYTES = 256 * 2**20
+
+@dataclass(frozen=True, slots=True)
+class MixPart:
+    """rows: of a source; taken: of them in an epoch; passes: through the source in the whole run."""
+
+    name: str
+    share: float
+    rows: int
+    taken: int
+    passes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +78,27 @@ class Plan:
     """What goes in, with licences."""
     world_size: int = 1
     """Processes that train together. micro_batches_per_step and memory are those of one of them."""
+    first_step: int = 0
+    """Above 0 where the run goes on along another run's schedule: the steps before it are not this run's."""
+    schedule_steps: int = 0
+    """Where the learning rate's line ends; `total_steps` where the run goes to its end."""
+    checkpoint_bytes: int = 0
+    """Of one checkpoint."""
+    mix: tuple[MixPart, ...] = ()
+    """What an epoch takes of each source. `rows` and `tokens` are then those of an epoch."""
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
 
         Linear warm-up from 0 at step 0 to the config's rate after `warmup_steps`; then constant, linear to 0 at
-        `total_steps`, or half a cosine to 0.
+        `schedule_steps`, or half a cosine to 0.
         """
         base = config.learning_rate
         if step < self.warmup_steps:
             return base * step / self.warmup_steps
         if config.lr_scheduler_type == "constant":
             return base
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        done = (step - self.warmup_steps) / max(1, self.schedule_steps - self.warmup_steps)
         if config.lr_scheduler_type == "linear":
             return base * max(0.0, 1.0 - done)
         return base * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
@@ -109,12 +127,13 @@ class Plan:
                 ),
             ),
             *shared,
+            *((tr("of", "来自") + f" {part.name}", self._part(part)) for part in self.mix),
             (tr("each step", "每步"), self._each_step()),
             (
                 tr("steps", "总步数"),
                 tr(
-                    f"{self.total_steps:,} = {self.epochs:g} epochs, {self.warmup_steps:,} of warm-up",
-                    f"{self.total_steps:,}（{self.epochs:g} 轮），预热 {self.warmup_steps:,} 步",
+                    f"{self._steps_taken()} = {self.epochs:g} epochs, {self.warmup_steps:,} of warm-up",
+                    f"{self._steps_taken()}（{self.epochs:g} 轮），预热 {self.warmup_steps:,} 步",
                 ),
             ),
             (
@@ -138,10 +157,16 @@ class Plan:
             (tr("licences", "许可"), short(answer(self.lineage))),
         ]
 
+    def _steps_taken(self) -> str:
+        taken = f"{self.total_steps - self.first_step:,}"
+        if not self.first_step:
+            return taken
+        return f"{taken} ({self.first_step:,} → {self.total_steps:,} / {self.schedule_steps:,})"
+
     def _each_step(self) -> str:
         tokens = f"{self.tokens_per_step:,.0f}"
         if self.rows_per_step is None:
-            rows = f"{self.total_rows / self.total_steps:,.1f}"
+            rows = f"{self.total_rows / (self.total_steps - self.first_step):,.1f}"
             parts = [tr(f"about {tokens} tokens, {rows} rows", f"约 {tokens} 个 token，{rows} 条")]
         else:
             rows = f"{self.rows_per_step:,}"
@@ -160,6 +185,13 @@ class Plan:
         if self.world_size > 1:
             parts.append(tr(f"over {self.world_size} processes", f"由 {self.world_size} 个进程分担"))
         return tr(", ", "，").join(parts)
+
+    def _part(self, part: MixPart) -> str:
+        return tr(
+            f"{part.share:.1%}: {part.taken:,} of its {part.rows:,} rows each epoch, {part.passes:.3g} times all of it "
+            "in the run",
+            f"{part.share:.1%}：每轮用其 {part.rows:,} 条中的 {part.taken:,} 条，整个训练共 {part.passes:.3g} 遍",
+        )
 
     def _sharing(self) -> str:
         rows = self.rows + self.shared_rows
@@ -185,7 +217,7 @@ class Plan:
                     "不会丢弃：每条单独计算，内存按最长的一条估计",
                 )
             )
-        if self.total_steps <= self.save_steps:
+        if self.total_steps - self.first_step <= self.save_steps:
             found.append(
                 tr(
                     f"{self.total_steps} steps and save_steps={self.save_steps}: "
@@ -223,24 +255,35 @@ class Plan:
         free = environment.memory_available_bytes(self.device)
         require_memory(processes * self.memory.total, free, self.fitting)
 
-    def require_disk(self, folder: Path) -> None:
-        """Raise OutputError now if the checkpoints will not fit beside a small reserve."""
-        free = environment.disk_free_bytes(folder)
-        if self.disk_bytes + DISK_RESERVE_BYTES > free:
-            raise OutputError(
-                tr(
-                    f"the run will write about {_mib(self.disk_bytes)}, {_mib(DISK_RESERVE_BYTES)} are to stay free, "
-                    f"and {_mib(free)} are free",
-                    f"本次训练约需写入 {_mib(self.disk_bytes)}，另需留出 {_mib(DISK_RESERVE_BYTES)}，"
-                    f"磁盘只剩 {_mib(free)}",
-                ),
-                where=str(folder),
-                remedy=tr("free the disk, or lower save_total_limit", "清理磁盘，或调小 save_total_limit"),
-            )
+    def require_disk(self, folder: Path, reserve_mib: int) -> None:
+        """Raise OutputError now if the checkpoints will not fit beside the reserve."""
+        require_disk(
+            folder,
+            self.disk_bytes,
+            reserve_mib,
+            remedy=tr("free the disk, or lower save_total_limit", "清理磁盘，或调小 save_total_limit"),
+        )
+
+
+def require_disk(folder: Path, needed_bytes: int, reserve_mib: int, *, remedy: str) -> None:
+    """Raise OutputError, with what is missing, unless so much fits on the disk of `folder` and the reserve stays free."""
+    free = environment.disk_free_bytes(folder)
+    missing = needed_bytes + reserve_mib * 2**20 - free
+    if missing > 0:
+        raise OutputError(
+            tr(
+                f"about {_mib(needed_bytes)} are to be written, {reserve_mib:,} MiB are to stay free, and "
+                f"{_mib(free)} are free: {_mib(missing)} are missing",
+                f"约需写入 {_mib(needed_bytes)}，另需留出 {reserve_mib:,} MiB，磁盘只剩 {_mib(free)}：还差 {_mib(missing)}",
+            ),
+            where=str(folder),
+            remedy=remedy,
+        )
 
 
 def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:,.0f} MiB"
+    size = size_bytes / 2**20
+    return f"{size:,.0f} MiB" if size >= 10 else f"{size:,.2f} MiB"
 
 
 def make_plan(
@@ -257,6 +300,9 @@ def make_plan(
     fitting: Sequence[str] = (),
     lineage: Sequence[Part] = (),
     world_size: int = 1,
+    laid_for: int | None = None,
+    offset: Offset = FROM_THE_BEGINNING,
+    mix: Mix | None = None,
 ) -> Plan:
     """Count steps and the disk they take.
 
@@ -264,32 +310,35 @@ def make_plan(
     Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
     shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
-    rows = len(lengths)
-    if rows == 0:
+    if len(lengths) == 0:
         raise TrainingError(
             tr("no row is left to train on", "没有可训练的数据"),
             remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
         )
+    rows = len(lengths) if mix is None else sum(mix.taken())
     if rows < world_size:
         raise TrainingError(
             tr(f"{world_size} processes and {rows} rows", f"有 {world_size} 个进程，却只有 {rows} 条数据"),
             remedy=tr(f"at most {rows} processes: --nproc {rows}", f"最多 {rows} 个进程：--nproc {rows}"),
         )
-    laid = make_steps(config, lengths, world_size)
+    laid = make_steps(config, lengths, world_size, laid_for, offset, mix)
     figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
+    schedule = offset.total_steps or steps
     largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = (
-        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
+        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * schedule)
     )
     save_steps = _interval(config.save_steps, laid.per_epoch, steps)
     kept = (config.save_total_limit or steps) + 1  # the newest stands beside the kept ones until it is whole
-    copies = min(kept, (steps - 1) // save_steps)
+    copies = max(1, min(kept, (steps - 1) // save_steps))  # one even of a short run: where it is interrupted
+    if config.save_keep_every:
+        copies += steps // config.save_keep_every
     saved = size.trainable * 4 if config.finetuning_type == "lora" else size.parameters * 4
     return Plan(
         rows=rows,
         eval_rows=eval_rows,
-        tokens=int(lengths.sum()),
-        learned_tokens=int(learned.sum()),
+        tokens=_in_epoch(lengths, mix),
+        learned_tokens=_in_epoch(learned, mix),
         longest_row=int(lengths.max()),
         rows_per_step=laid.rows_per_step,
         max_tokens_per_batch=budget,
@@ -310,11 +359,34 @@ def make_plan(
         device=device,
         memory=memory,
         disk_bytes=copies * (saved + size.trainable * 8) + saved,
+        checkpoint_bytes=saved + size.trainable * 8,
+        first_step=laid.first,
+        schedule_steps=schedule,
         fitting=tuple(fitting),
         lineage=tuple(lineage),
         world_size=world_size,
         shared_rows=shared_rows,
         shared_tokens=shared_tokens,
+        mix=_parts(mix, laid.total_rows / rows),
+    )
+
+
+def _in_epoch(counts: np.ndarray, mix: Mix | None) -> int:
+    """The sum over the rows of an epoch; with a mix what it is in the mean of all epochs."""
+    if mix is None:
+        return int(counts.sum())
+    sums = np.bincount(mix.group, weights=counts, minlength=len(mix.names))
+    shares = np.array(mix.taken()) / np.array(mix.rows)
+    return round(float((sums * shares).sum()))
+
+
+def _parts(mix: Mix | None, epochs: float) -> tuple[MixPart, ...]:
+    if mix is None:
+        return ()
+    parts = zip(mix.names, mix.shares, mix.rows, mix.taken(), strict=True)
+    return tuple(
+        MixPart(name, share, rows, taken, round(epochs * taken / rows, 4))
+        for name, share, rows, taken in parts
     )
 
 

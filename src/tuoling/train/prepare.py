@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuoling import environment
+from tuoling.data.mix import Mix
 from tuoling.data.store import StoreReport, TokenStore
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
@@ -32,7 +33,8 @@ from tuoling.train.memory import (
 from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
-from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
+from tuoling.train.rows import Rows, Say, compile_rows, hold_out, mix_of, sharing_note
+from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -58,20 +60,33 @@ class Setup:
     hidden: int = 0
     """Of the model."""
     world_size: int = 1
+    laid_for: int = 1
+    """Processes the steps were laid for: another number than world_size where a run goes on with more or fewer."""
+    offset: Offset = FROM_THE_BEGINNING
+    mix: Mix | None = None
+    watched: Rows | None = None
+    """Rows whose loss is measured before and after, and that are not trained."""
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """The same in all processes that may train together."""
-        held_out = self.held_out.store.key if self.held_out else None
-        return f"{self.config.model_dump_json(exclude={'output_dir'})} {self.train.store.key} {held_out} {self.dtype}"
+        stores = [rows.store.key if rows else None for rows in (self.train, self.held_out, self.watched)]
+        return f"{self.config.model_dump_json(exclude={'output_dir'})} {stores} {self.dtype}"
 
 
 def prepare(
-    config: RunConfig, *, say: Say, notes: Sequence[str] = (), world_size: int | None = None
+    config: RunConfig,
+    *,
+    say: Say,
+    notes: Sequence[str] = (),
+    world_size: int | None = None,
+    laid_for: int | None = None,
+    offset: Offset = FROM_THE_BEGINNING,
 ) -> Setup:
     """Resolve model, template, rows, precision and plan.
 
-    world_size: processes that will train; what a launcher says that has started them.
+    world_size: processes that will train; what a launcher says that has started them. laid_for, offset: of a run that
+    goes on (steps.py).
     Raises a TuolingError for whatever would stop the run later: missing or bad rows, an unknown template,
     a tokenizer without an end token, a held-out part larger than the data.
     """
@@ -83,6 +98,7 @@ def prepare(
 
     config.require("model_name_or_path", "data")
     world_size = environment.world_size() if world_size is None else world_size
+    laid_for = world_size if laid_for is None else laid_for
     device = environment.pick_device(config.device)
     dtype = _pick_dtype(config, device, tell)
     require_trackers(config.report_to)
@@ -126,6 +142,11 @@ def prepare(
         train, held_out = Rows(store, np.arange(len(store))), Rows(eval_store, np.arange(len(eval_store)))
     else:
         train, held_out = hold_out(store, config.val_rows(len(store)), config.seed)
+    watched: Rows | None = None
+    if config.watch_data:
+        watch_store, _ = compile_rows(config, config.watch_data, (), tokenizer, template, tell)
+        watched = Rows(watch_store, np.arange(len(watch_store)))
+    mix = mix_of(config, train)
     alone = train
     if config.share_prefixes:
         train = alone.sharing_prefixes()
@@ -145,6 +166,9 @@ def prepare(
         device=device,
         world_size=world_size,
         lineage=_lineage(config, source, store),
+        laid_for=laid_for,
+        offset=offset,
+        mix=mix,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -161,6 +185,10 @@ def prepare(
         dtype=dtype,
         hidden=size.hidden,
         world_size=world_size,
+        laid_for=laid_for,
+        offset=offset,
+        mix=mix,
+        watched=watched,
         notes=kept,
     )
 

@@ -52,12 +52,16 @@ def _train(job: dict[str, Any], *, first: bool) -> dict[str, Any]:
     from tuoling.config import RunConfig
     from tuoling.train.loop import train_prepared
     from tuoling.train.prepare import prepare
+    from tuoling.train.resume import Start
 
     config = RunConfig.model_validate(job["config"])
+    start = Start.from_json(job["start"])
     with console.silent():  # the process that started this one has said all of it
-        setup = prepare(config, say=lambda _: None, notes=job["notes"])
+        setup = prepare(
+            config, say=lambda _: None, notes=job["notes"], laid_for=start.laid_for, offset=start.offset
+        )
     with console.silent(not first):
-        result = train_prepared(setup, say=console.note)
+        result = train_prepared(setup, say=console.note, start=start)
     return {"path": str(result.path), "status": result.status, "results": result.results}
 
 

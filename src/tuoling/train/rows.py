@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuoling import console, environment, files
+from tuoling.data.duplicates import first_of_equal
+from tuoling.data.mix import Mix, make_mix
 from tuoling.data.prefixes import SharedPrefixes, share_prefixes
 from tuoling.data.sources import resolve_sources
 from tuoling.data.store import Example, StoreReport, StoreSettings, TokenStore, compile_store
@@ -107,6 +110,7 @@ def compile_rows(
             settings=settings,
             cache_dir=cache,
             progress=lambda rows: bar.update(task, completed=rows),
+            workers=config.data_workers,
         )
     for line in _store_notes(report):
         say(line)
@@ -115,6 +119,20 @@ def compile_rows(
             tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names])
         )
     return store, report
+
+
+def mix_of(config: RunConfig, rows: Rows) -> Mix | None:
+    """The sources of these rows of `data` and `dataset`, where the config gives them shares."""
+    if config.mix is None:
+        return None
+    names = [([name], ()) for name in config.data] + [((), [name]) for name in config.dataset]
+    weights = [(name, config.mix[name]) for name in (*config.data, *config.dataset)]
+    counts = [
+        len(resolve_sources(data, dataset_dir=config.dataset_dir, dataset_names=listed))
+        for data, listed in names
+    ]
+    source_of_file = np.repeat(np.arange(len(counts)), counts)
+    return make_mix(weights, source_of_file[rows.store.sources[rows.index]])
 
 
 def _in_turn(cache: Path) -> AbstractContextManager[object]:
@@ -163,6 +181,13 @@ def _store_notes(report: StoreReport) -> list[str]:
                 f"去掉 {report.left_out:,} 个样本：回答放不下",
             )
         )
+    if report.resumed:
+        lines.append(
+            tr(
+                f"tokens: {report.resumed:,} rows had been compiled before the last run was interrupted",
+                f"token：其中 {report.resumed:,} 条在上次中断前已经编译好",
+            )
+        )
     if report.reused:
         lines.append(tr("tokens: the store made earlier is used again", "token：沿用以前编译好的结果"))
     return lines
@@ -173,20 +198,26 @@ def hold_out(store: TokenStore, count: int, seed: int) -> tuple[Rows, Rows | Non
     rows = len(store)
     if count == 0:
         return Rows(store, np.arange(rows)), None
-    groups: dict[bytes, list[int]] = {}
-    for row in range(rows):
-        groups.setdefault(store[row].input_ids.tobytes(), []).append(row)
-    members = list(groups.values())
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(members))
+    keys = np.fromiter((_key(store.input_ids(row)) for row in range(rows)), np.uint64, rows)
+    firsts, group_of = np.unique(first_of_equal(keys), return_inverse=True)
+    ends = np.cumsum(np.bincount(group_of, minlength=len(firsts)))
+    members = np.argsort(group_of, kind="stable")  # the rows of a group stand together, ascending
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(firsts))
     chosen: list[int] = []
     for group in order:
         if len(chosen) >= count:
             break
-        if len(chosen) + len(members[group]) <= count:
-            chosen.extend(members[group])
+        rows_of = members[ends[group - 1] if group else 0 : ends[group]]
+        if len(chosen) + len(rows_of) <= count:
+            chosen.extend(rows_of.tolist())
     out = np.zeros(rows, dtype=bool)
     out[chosen] = True
     return Rows(store, np.flatnonzero(~out)), Rows(store, np.flatnonzero(out)) if chosen else None
+
+
+def _key(input_ids: np.ndarray) -> int:
+    """64 bits of some ids: a dict of the ids themselves would hold all rows in memory."""
+    return int.from_bytes(hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def sharing_note(alone: Rows, shared: Rows) -> str:

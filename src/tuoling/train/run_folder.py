@@ -5,18 +5,81 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuoling import files
-from tuoling.errors import OutputError
+from tuoling import environment, files
+from tuoling.errors import DataError, OutputError
 from tuoling.language import tr
 from tuoling.models.licence import to_json
+from tuoling.models.source import weight_files
+from tuoling.train.run_lock import LOCK
 
 if TYPE_CHECKING:
+    from tuoling.config import RunConfig
     from tuoling.train.prepare import Setup
+
+
+def now() -> str:
+    """The time, in UTC, as run.json says it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+PREPARING = "preparing"
+"""The status of a run whose rows are being tokenised: run.json holds its config and nothing else yet."""
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run goes: as the config says, else a new name."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    return default_run_folder(str(config.adapter_name_or_path or config.model_name_or_path))
+
+
+@contextmanager
+def reserved(config: RunConfig, notes: Sequence[str] = (), *, wanted: bool = True) -> Iterator[RunConfig]:
+    """The config with its run folder named; that is there with run.json in it, so that a run killed inside can go on.
+
+    wanted: whether this process makes it. After an error inside nothing is left of it. A folder that is full is
+    refused here, or left alone until the run begins where it is to be moved aside.
+    """
+    config = config.model_copy(update={"output_dir": str(folder_of(config))})
+    folder = Path(str(config.output_dir))
+    if not wanted or (config.overwrite_output_dir and _holds_something(folder)):
+        yield config
+        return
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    claim(folder, overwrite=False)
+    record = {
+        "status": PREPARING,
+        "started": now(),
+        "config": config.model_dump(mode="json"),
+        "notes": list(notes),
+    }
+    try:
+        files.write_json(folder / "run.json", record)
+        yield config
+    except BaseException:
+        with suppress(OSError):
+            (folder / "run.json").unlink(missing_ok=True)
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether a folder holds more than the name of a run that never began."""
+    if not folder.is_dir():
+        return False
+    there = [path for path in folder.iterdir() if path.name != LOCK]
+    if [path.name for path in there] != ["run.json"]:
+        return bool(there)
+    with suppress(DataError):
+        found = files.read_json(there[0])
+        return not (isinstance(found, dict) and found.get("status") == PREPARING)
+    return True
 
 
 def default_run_folder(model: str) -> Path:
@@ -32,7 +95,7 @@ def claim(folder: Path, *, overwrite: bool, switch: str = "overwrite_output_dir=
     (`NAME.old-1`), never deletes it.
     """
     moved = None
-    if folder.is_dir() and any(folder.iterdir()):
+    if _holds_something(folder):
         if not overwrite:
             raise OutputError(
                 tr("the output folder is not empty", "输出目录不是空的"),
@@ -64,6 +127,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "adapter": str(setup.source.path) if setup.source.is_adapter else None,
             "named": setup.config.model_name_or_path,
             "config_sha256": files.sha256_file(config_file) if config_file.is_file() else None,
+            "weights_sampled_sha256": weights_sampled_sha256(setup.source.weights_path),
             "family": setup.source.family.name,
             "licence": setup.source.family.licence,
         },
@@ -73,7 +137,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "why": setup.template_reason,
             "stops": list(setup.template.stops),
         },
-        "data": {"key": setup.train.store.key, **setup.report.facts()},
+        "data": {"key": setup.train.store.key, **setup.report.facts(), **data_hashes(setup)},
         "held_out": None
         if setup.held_out is None
         else {"key": setup.held_out.store.key, "rows": len(setup.held_out)},
@@ -82,10 +146,31 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
         "dtype": setup.dtype,
         "seed": setup.config.seed,
         "processes": setup.world_size,
+        "laid_for": setup.laid_for,
+        "threads": environment.compute_threads(),
         "versions": versions,
         "machine": machine,
         "notes": setup.notes,
     }
+
+
+def data_hashes(setup: Setup) -> dict[str, Any]:
+    """What decides the examples, by name; every file of rows; and the examples themselves, whatever made them."""
+    store = setup.train.store
+    made = files.read_json(store.path / files.MANIFEST)
+    contents = {name: entry["sha256"] for name, entry in sorted(made.items()) if name.endswith(".bin")}
+    places = {str(Path(path).resolve()): path for path in store.meta["paths"]}
+    return {
+        "parts": store.meta["parts"],
+        "files": {name: files.sampled_sha256(path) for name, path in places.items() if Path(path).is_file()},
+        "examples_sha256": files.sha256_text(repr(contents)),
+    }
+
+
+def weights_sampled_sha256(model: Path) -> str:
+    """Of the weight files of a base model: enough to see that they are others, whatever their size."""
+    found = {file.name: files.sampled_sha256(file) for file in weight_files(model)}
+    return files.sha256_text(repr(sorted(found.items())))
 
 
 class RunFolder:
@@ -97,15 +182,15 @@ class RunFolder:
     def __init__(self, path: Path, manifest: dict[str, Any], *, writes: bool = True) -> None:
         self.path = path
         self.writes = writes
-        self._manifest = manifest
+        self.record = manifest
         self.log_history: list[dict[str, Any]] = []
-        self.set_status("running", started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        self.set_status("running", started=manifest.get("started") or now())
 
     def set_status(self, status: str, **more: Any) -> None:
         """Write run.json again with its state: running, finished, interrupted or failed."""
-        self._manifest = {**self._manifest, "status": status, **more}
+        self.record = {**self.record, "status": status, **more}
         if self.writes:
-            files.write_json(self.path / "run.json", self._manifest)
+            files.write_json(self.path / "run.json", self.record)
 
     def fail(self, error: BaseException) -> None:
         """Say in run.json why the run ended. On a full disk the file stays as it was: the error itself matters more."""
@@ -115,11 +200,21 @@ class RunFolder:
         with suppress(OutputError):
             self.set_status("failed", error=why)
 
+    def cut_metrics(self, after: int) -> int:
+        """Leave only the rows up to step `after` in metrics.jsonl. Returns how many there were behind them."""
+        path = self.path / "metrics.jsonl"
+        rows = [row for _, row in files.read_jsonl(path)] if path.is_file() else []
+        kept = [row for row in rows if row["step"] <= after]
+        with files.atomic_write(path) as file:
+            for row in kept:
+                files.append_jsonl(file, row)
+        return len(rows) - len(kept)
+
     @contextmanager
     def metrics(self) -> Iterator[Any]:
         """Open metrics.jsonl for appending."""
         path = self.path / "metrics.jsonl" if self.writes else Path(os.devnull)
-        with path.open("a", encoding="utf-8") as file:
+        with files.told(path), path.open("a", encoding="utf-8") as file:
             yield file
 
     def trainer_state(self, *, step: int, total_steps: int, epoch: float, best: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuoling.data.batches import PackedOrder, lay, split_over_ranks
+from tuoling.data.mix import Mix, order_of
 from tuoling.data.sampler import SampleOrder
 
 if TYPE_CHECKING:
@@ -21,11 +22,37 @@ if TYPE_CHECKING:
 LOOKED_AT_ROWS = 200_000
 
 
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """Where a run begins that goes on along another run's schedule, on rows of its own.
+
+    step: the first one is the one after it. row: of its own rows, those passed over before. total_steps: of the
+    schedule; stop: the step the run ends at, where that is sooner.
+    """
+
+    step: int = 0
+    row: int = 0
+    total_steps: int | None = None
+    stop: int | None = None
+
+
+FROM_THE_BEGINNING = Offset()
+
+
 class RowSteps:
     """Steps of so many rows, over all ranks. Only the last one may hold fewer."""
 
-    def __init__(self, config: RunConfig, lengths: np.ndarray, rows_per_step: int, world_size: int) -> None:
-        rows = len(lengths)
+    def __init__(
+        self,
+        config: RunConfig,
+        lengths: np.ndarray,
+        rows_per_step: int,
+        order: SampleOrder,
+        *,
+        world_size: int,
+        offset: Offset,
+    ) -> None:
+        rows = order.num_rows
         self._size = min(rows, rows_per_step)
         self.rows_per_step: int | None = self._size
         self.max_tokens = config.max_tokens_per_batch
@@ -36,13 +63,17 @@ class RowSteps:
         self.per_epoch = math.ceil(rows / self._size)
         self.total_rows = config.max_steps * self._size if config.max_steps > 0 else whole_rows(config, rows)
         self.total = math.ceil(self.total_rows / self._size)
-        self._lengths, self.world_size = lengths, world_size
-        self._order = SampleOrder(rows, config.seed)
+        self.first, self._row = offset.step, offset.row
+        if offset.total_steps is not None:
+            self.total = offset.stop or offset.total_steps
+            self.total_rows = (self.total - self.first) * self._size
+        self._lengths, self.world_size, self._order = lengths, world_size, order
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
-        begin = step * self._size
-        rows = self._order.rows(begin, min(begin + self._size, self.total_rows))
+        begin = (step - self.first) * self._size
+        end = min(begin + self._size, self.total_rows)
+        rows = self._order.rows(self._row + begin, self._row + end)
         share = split_over_ranks(self._lengths[rows], self.world_size)[rank]
         mine = [rows[position] for position in share]
         laid = lay(self._lengths[mine], rows_at_once=self.rows_at_once, max_tokens=self.max_tokens)
@@ -52,29 +83,44 @@ class RowSteps:
 class PackSteps:
     """Steps of so many packs of up to `max_tokens_per_batch` tokens, over all ranks.
 
-    Every row is in one pack of each epoch. A fraction of an epoch is the fewest packs that hold so many rows.
+    Every row of an epoch is in one pack of it. A fraction of an epoch is the fewest packs that hold so many rows.
     """
 
-    def __init__(self, config: RunConfig, lengths: np.ndarray, world_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        lengths: np.ndarray,
+        order: SampleOrder,
+        *,
+        world_size: int,
+        laid_for: int,
+        offset: Offset,
+    ) -> None:
         assert config.max_tokens_per_batch is not None
         self.rows_per_step: int | None = None
         self.rows_at_once = len(lengths)
         self.max_tokens: int | None = config.max_tokens_per_batch
-        self._packs = PackedOrder(lengths, config.seed, config.max_tokens_per_batch)
-        in_epoch = self._packs.packs_of(len(lengths))
-        self._size = min(in_epoch, config.gradient_accumulation_steps * world_size)
+        self._packs = PackedOrder(lengths, config.seed, config.max_tokens_per_batch, order)
+        in_epoch = self._packs.packs_of(order.num_rows)
+        self._size = min(in_epoch, config.gradient_accumulation_steps * laid_for)
         self.per_epoch = math.ceil(in_epoch / self._size)
-        if config.max_steps > 0:
-            self._end = config.max_steps * self._size
+        self.first = offset.step
+        self._begin = self._packs.packs_of(offset.row)
+        if offset.total_steps is not None:
+            self.total = offset.stop or offset.total_steps
+            self._end = self._begin + (self.total - self.first) * self._size
         else:
-            self._end = self._packs.packs_of(whole_rows(config, len(lengths)))
-        self.total = math.ceil(self._end / self._size)
-        self.total_rows = self._packs.rows_before(self._end)
+            if config.max_steps > 0:
+                self._end = config.max_steps * self._size
+            else:
+                self._end = self._packs.packs_of(whole_rows(config, order.num_rows))
+            self.total = math.ceil(self._end / self._size)
+        self.total_rows = self._packs.rows_before(self._end) - self._packs.rows_before(self._begin)
         self._lengths, self.world_size = lengths, world_size
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
-        begin = step * self._size
+        begin = self._begin + (step - self.first) * self._size
         packs = [self._packs.pack(index) for index in range(begin, min(begin + self._size, self._end))]
         tokens = [int(self._lengths[rows].sum()) for rows in packs]
         return [packs[position] for position in split_over_ranks(tokens, self.world_size)[rank]]
@@ -83,12 +129,25 @@ class PackSteps:
 Steps = RowSteps | PackSteps
 
 
-def make_steps(config: RunConfig, lengths: np.ndarray, world_size: int = 1) -> Steps:
-    """The steps of a run over rows of these lengths."""
-    rows_per_step = config.rows_per_step(world_size)
+def make_steps(
+    config: RunConfig,
+    lengths: np.ndarray,
+    world_size: int = 1,
+    laid_for: int | None = None,
+    offset: Offset = FROM_THE_BEGINNING,
+    mix: Mix | None = None,
+) -> Steps:
+    """The steps of a run over rows of these lengths.
+
+    laid_for: processes whose batches make a step, where a run goes on with another number than it began with: its
+    steps, their rows and the schedule stay what they were.
+    """
+    laid_for = world_size if laid_for is None else laid_for
+    order = order_of(len(lengths), config.seed, mix)
+    rows_per_step = config.rows_per_step(laid_for)
     if rows_per_step is None:
-        return PackSteps(config, lengths, world_size)
-    return RowSteps(config, lengths, rows_per_step, world_size)
+        return PackSteps(config, lengths, order, world_size=world_size, laid_for=laid_for, offset=offset)
+    return RowSteps(config, lengths, rows_per_step, order, world_size=world_size, offset=offset)
 
 
 def whole_rows(config: RunConfig, rows: int) -> int:
@@ -111,8 +170,8 @@ def look_at(steps: Steps, lengths: np.ndarray) -> StepFigures:
     tokens: list[int] = []
     counts: list[int] = []
     rows = 0
-    while len(counts) < steps.total and rows < LOOKED_AT_ROWS:
-        shares = [steps.micro_batches(len(counts), rank) for rank in range(steps.world_size)]
+    while len(counts) < steps.total - steps.first and rows < LOOKED_AT_ROWS:
+        shares = [steps.micro_batches(steps.first + len(counts), rank) for rank in range(steps.world_size)]
         counts.append(max(map(len, shares)))
         laid = [batch for share in shares for batch in share]
         tokens.extend(int(lengths[batch].sum()) for batch in laid)

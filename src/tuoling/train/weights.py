@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
 
 
-def make_trainable(model: Any, setup: Setup) -> Any:
+def make_trainable(model: Any, setup: Setup, *, new: bool) -> Any:
     """All parameters (`full`), or LoRA in float32 on a frozen base: a new one, or the adapter it came with."""
     config = setup.config
     if config.gradient_checkpointing:
@@ -27,7 +27,7 @@ def make_trainable(model: Any, setup: Setup) -> Any:
         model.enable_input_require_grads()
     if config.finetuning_type == "full":
         return model.requires_grad_(True)
-    if not setup.source.is_adapter:
+    if new:
         from peft import LoraConfig, get_peft_model
 
         asked = LoraConfig(

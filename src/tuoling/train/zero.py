@@ -16,6 +16,7 @@ from tuoling import files
 from tuoling.errors import ConfigError, MissingPackage
 from tuoling.kernels.install import FastModel, install
 from tuoling.language import tr
+from tuoling.train.checkpoint import require_same_model
 from tuoling.train.parallel import Engine, MakeOptimizer, require_packing, whole_weights
 
 if TYPE_CHECKING:
@@ -256,23 +257,66 @@ class Zero(Engine):
 
         gathered = safe_get_full_fp32_param(tensor)
         if gathered is None:
-            gathered = tensor.detach()
+            gathered = tensor.detach().clone()
         return gathered.cpu() if self.ranks.first else torch.empty(0)
+
+    def load_optimizer(self, model: nn.Module, optimizer: Any, saved: dict[str, Tensor]) -> None:
+        """As Engine.load_optimizer. Each rank keeps the part of each state that belongs to its part of the weights."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        require_same_model(saved, {name: _whole_shape(p) for name, p in _trained(model)})
+        for flat in self._flat_parts():
+            step = next((value for name, value in saved.items() if name.endswith(".step")), torch.zeros(()))
+            states = {key: torch.zeros_like(flat) for key in _STATES}
+            self._engine.optimizer.optimizer.state[flat] = {"step": step.clone(), **states}
+        self._link_states()
+        for name, parameter in _trained(model):
+            for key in _STATES:
+                value = saved.get(f"{name}.{key}")
+                if value is not None:
+                    safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
+    def _flat_parts(self) -> list[nn.Parameter]:
+        """What DeepSpeed gives the optimizer: this rank's part of the weights of each group, one after another."""
+        inner = self._engine.optimizer
+        parts = (
+            inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups
+        )
+        return list(parts)
+
+    def _link_states(self) -> None:
+        """Let each parameter find its part of the states; DeepSpeed 0.19 does that once, after the first group's step."""
+        inner = self._engine.optimizer
+        if hasattr(inner, "_lazy_init_hp_params_optimizer_state"):
+            inner._hp_optimizer_states_linked = False
+            inner._lazy_init_hp_params_optimizer_state()
 
     def optimizer_tensors(self, model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        inner = self._engine.optimizer
-        if hasattr(inner, "_lazy_init_hp_params_optimizer_state"):
-            # linked after the first group's first step (DeepSpeed 0.19), when the other groups have no states yet
-            inner._hp_optimizer_states_linked = False
-            inner._lazy_init_hp_params_optimizer_state()
+        self._link_states()
+        steps = [
+            state["step"] for state in self._engine.optimizer.optimizer.state.values() if "step" in state
+        ]
         found: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            for key in ("exp_avg", "exp_avg_sq"):
+        for name, parameter in _trained(model):
+            for key in _STATES:
                 state = safe_get_full_optimizer_state(parameter, key)
                 if state is not None and self.ranks.first:
                     found[f"{name}.{key}"] = state.detach().cpu().contiguous()
+            if steps and self.ranks.first:
+                found[f"{name}.step"] = torch.as_tensor(steps[0], dtype=torch.float32).detach().cpu().clone()
         return found
+
+
+_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a weight that may be in parts."""
+    whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return whole

@@ -52,10 +52,12 @@ class ConvertOptions:
     shards:     how many files; None: as usual for the format.
     verify:     prove the result by `parity.gate`; off is recorded beside the output.
     allow_nan:  write tensors that hold NaN or infinity, which are refused otherwise.
-    unchecked:  go on where a checksum list beside the source is wrong, or zero points of an old GPTQ file are lost.
+    unchecked:  go on where a checksum list beside the source is wrong, zero points of an old GPTQ file are lost, or
+                a vocabulary has no byte tokens for llama.cpp.
     lora_alpha: of an adapter whose files do not say it.
     base:       the model that an adapter stands on, or an old GPTQ file was made from, where its files do not say it.
     pre_tokenizer: llama.cpp's name for how a byte-level tokenizer cuts words, where the file does not tell it.
+    allow_remote_code: a model's own Python code may be run, where transformers has none for it.
     """
 
     outtype: str | None = None
@@ -66,6 +68,7 @@ class ConvertOptions:
     lora_alpha: float | None = None
     base: str | None = None
     pre_tokenizer: str | None = None
+    allow_remote_code: bool = False
 
 
 @dataclass
@@ -92,7 +95,7 @@ def prove(
     from tuoling.weights import parity
 
     if options.verify:
-        return parity.gate(before, after, lossless=lossless)
+        return parity.gate(before, after, lossless=lossless, allow_remote_code=options.allow_remote_code)
     parity.skipped(folder)
     return None
 
@@ -113,12 +116,12 @@ class Kind:
     looks: Callable[[Path], bool]
 
 
-def _starts_with(magic: bytes) -> Callable[[Path], bool]:
+def _starts_with(*magics: bytes) -> Callable[[Path], bool]:
     def looks(path: Path) -> bool:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(len(magic)) == magic
+            return file.read(4) in magics
 
     return looks
 
@@ -153,26 +156,29 @@ def _is_old_gptq(path: Path) -> bool:
         return False
 
 
-def _is_gptq(path: Path) -> bool:
+def _is_quantised(path: Path) -> bool:
     config = path / "config.json"
     if not path.is_dir() or not config.is_file():
         return False
     value = read_json(config)
     said = value.get("quantization_config") if isinstance(value, dict) else None
-    return (path / "quantize_config.json").is_file() or (said or {}).get("quant_method") == "gptq"
+    return (path / "quantize_config.json").is_file() or (said or {}).get("quant_method") in ("gptq", "awq")
 
 
 def _is_huggingface(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
 
 
+_LATER_GGML = (b"fmgg", b"tjgg", b"algg")
+"""ggmf, ggjt and ggla, little-endian: the kinds of file that came after; their reader refuses them by name."""
+
 KINDS: tuple[Kind, ...] = (
     Kind("gguf", "GGUF file", "GGUF 文件", _starts_with(b"GGUF")),
-    Kind("ggml", "old ggml file", "旧 ggml 文件", _starts_with(b"lmgg")),
+    Kind("ggml", "old ggml file", "旧 ggml 文件", _starts_with(b"lmgg", *_LATER_GGML)),
     Kind("meta", "Meta checkpoint", "Meta 权重", _is_meta),
     Kind("old-gptq", "GPTQ file of 2023", "2023 年的 GPTQ 文件", _is_old_gptq),
     Kind("adapter", "adapter", "适配器", _is_adapter),
-    Kind("gptq", "GPTQ model", "GPTQ 模型", _is_gptq),
+    Kind("gptq", "GPTQ or AWQ model", "GPTQ 或 AWQ 模型", _is_quantised),
     Kind("hf", "Hugging Face folder", "Hugging Face 目录", _is_huggingface),
 )
 """The first that fits is what a path is called."""

@@ -20,7 +20,7 @@ from tuoling.errors import TuolingError, UsageError
 from tuoling.files import cannot_write, read_json, require_writable
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
-from tuoling.models.licence import of_model, to_json
+from tuoling.models.licence import of_model, to_json, without_places
 from tuoling.models.licence_answer import one_licence
 from tuoling.models.source import ModelSource, find_model
 from tuoling.models.tokenizers import load_tokenizer
@@ -62,8 +62,7 @@ def convert_to_gguf(source: Path, out: Path, options: ConvertOptions) -> Report:
         out,
         options.outtype or _lossless(weights),
         weights=weights,
-        pre_tokenizer=options.pre_tokenizer,
-        allow_nan=options.allow_nan,
+        options=GgufOptions(options.pre_tokenizer, options.allow_nan, options.unchecked),
     )
     report = Report(out, tensors=made.tensors, size_bytes=made.size_bytes, notes=made.notes)
     if isinstance(weights, Merged):
@@ -72,7 +71,7 @@ def convert_to_gguf(source: Path, out: Path, options: ConvertOptions) -> Report:
         skipped(out)
         return report
     try:
-        report.parity, notes = verify(found, out, made.outtype, lora_alpha=options.lora_alpha)
+        report.parity, notes = verify(found, out, made.outtype, allow_remote_code=options.allow_remote_code)
     except TuolingError:
         out.unlink()
         raise
@@ -86,6 +85,16 @@ def open_model(source: ModelSource, outtype: str | None) -> tuple[ModelSource, T
         return source, open_weights(source.weights_path)
     merged = open_merged(source, dtype=torch.float32 if outtype == "f32" else None)
     return replace(source, config=merged.config), merged
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """pre_tokenizer, unchecked: see `read_vocabulary`. threads: of llama.cpp's quantiser, else as elsewhere."""
+
+    pre_tokenizer: str | None = None
+    allow_nan: bool = False
+    unchecked: bool = False
+    threads: int | None = None
 
 
 @dataclass
@@ -105,9 +114,7 @@ def write_model(
     outtype: str = "f16",
     *,
     weights: TensorSource,
-    pre_tokenizer: str | None = None,
-    allow_nan: bool = False,
-    threads: int | None = None,
+    options: GgufOptions = GgufOptions(),
 ) -> GgufReport:
     """Write `out` from a model's files and `weights`, which are a merged adapter's where it is one.
 
@@ -121,7 +128,7 @@ def write_model(
         )
     require_writable(out.absolute().parent)
     if outtype in OWN_TYPES:
-        return _write_own(source, out, outtype, weights, pre_tokenizer, allow_nan)
+        return _write_own(source, out, outtype, weights, options)
     try:
         scratch = tempfile.TemporaryDirectory(
             dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"
@@ -130,8 +137,9 @@ def write_model(
         raise cannot_write(out.parent, error) from error
     with scratch as folder:
         full = Path(folder) / "full.gguf"
-        report = _write_own(source, full, _lossless(weights), weights, pre_tokenizer, allow_nan)
-        report.fell_back = quantize_file(full, out, outtype, threads=threads or environment.compute_threads())
+        report = _write_own(source, full, _lossless(weights), weights, options)
+        threads = options.threads or environment.compute_threads()
+        report.fell_back = quantize_file(full, out, outtype, threads=threads)
     report.outtype, report.size_bytes = outtype, out.stat().st_size
     report.notes += fallback_note(report.fell_back)
     return report
@@ -150,8 +158,7 @@ def _write_own(
     out: Path,
     outtype: str,
     weights: TensorSource,
-    pre_tokenizer: str | None,
-    allow_nan: bool,
+    options: GgufOptions,
 ) -> GgufReport:
     where = str(source.weights_path)
     family = gguf_family(source.config, where)
@@ -159,7 +166,9 @@ def _write_own(
     plans = plan_tensors(family, source.config, weights.infos, outtype, where)
     sizes = read_sizes(source.config, family)
     rows = next(plan.shape[0] for plan in plans if plan.name == "token_embd.weight")
-    vocabulary = read_vocabulary(tokenizer, rows, pre_tokenizer=pre_tokenizer)
+    vocabulary = read_vocabulary(
+        tokenizer, rows, pre_tokenizer=options.pre_tokenizer, unchecked=options.unchecked
+    )
     template = _template(source, tokenizer)
     report = GgufReport(outtype, len(plans), 0, list(vocabulary.notes))
     report.fell_back = {
@@ -167,7 +176,7 @@ def _write_own(
     }
 
     def metadata(writer: Any) -> None:
-        _write_general(writer, source, outtype)
+        _write_general(writer, source, outtype, lacks_bytes=vocabulary.lacks_bytes)
         write_sizes(sizes, family.arch)(writer)
         writer.add_uint32(f"{family.arch}.vocab_size", rows)
         write_vocabulary(writer, vocabulary)
@@ -183,7 +192,7 @@ def _write_own(
             metadata,
             plans,
             weights,
-            allow_nan=allow_nan,
+            allow_nan=options.allow_nan,
             step=lambda size_bytes: bar.update(task, advance=size_bytes),
         )
     report.notes += fallback_note(report.fell_back) if outtype == "q8_0" else []
@@ -193,7 +202,7 @@ def _write_own(
 # -- metadata ----------------------------------------------------------------------------------------------------
 
 
-def _write_general(writer: Any, source: ModelSource, outtype: str) -> None:
+def _write_general(writer: Any, source: ModelSource, outtype: str, *, lacks_bytes: bool) -> None:
     """Name, licence, and what the model was made of: nothing that says where it lay."""
     writer.add_type("model")
     writer.add_name(Path(source.name).name or source.run_folder.name)
@@ -213,7 +222,8 @@ def _write_general(writer: Any, source: ModelSource, outtype: str) -> None:
         "base": {key: base.get(key) for key in ("config_sha256", "family", "licence") if base.get(key)},
         "data_key": data.get("key"),
         "seed": run.get("seed"),
-        "lineage": to_json(parts),
+        "unchecked": "no byte tokens" if lacks_bytes else None,
+        "lineage": to_json(without_places(parts)),
     }
     writer.add_string(
         gguf_keys.PROVENANCE, json.dumps({k: v for k, v in record.items() if v}, ensure_ascii=False)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 UNUSED = 5
 """The sixth of sentencepiece's piece types: a row of the embedding that no token has."""
 
+BYTES = 256
+"""Tokens <0x00> to <0xFF>, in which sentencepiece spells what it has no piece for."""
+
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,17 +59,25 @@ class Vocabulary:
     normal_form: bool = False
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def lacks_bytes(self) -> bool:
+        """Whether llama.cpp would end the process at a character that no token holds."""
+        return self.model == "llama" and self.types.count(BYTE) < BYTES
+
 
 def read_vocabulary(
     tokenizer: TextTokenizer,
     rows: int,
     *,
     pre_tokenizer: str | None = None,
+    unchecked: bool = False,
 ) -> Vocabulary:
     """The tokenizer's lists, padded to the `rows` of the embedding.
 
     pre_tokenizer: llama.cpp's name for it, where it cannot be told by the file.
-    Raises ModelError for a tokenizer that llama.cpp has no kind for, or one with more tokens than rows.
+    unchecked:     take a sentencepiece vocabulary without a token for every byte.
+    Raises ModelError for a tokenizer that llama.cpp has no kind for, one with more tokens than rows, or one without
+    those byte tokens.
     """
     backend = getattr(tokenizer.hf, "backend_tokenizer", None)
     if backend is None:
@@ -82,6 +93,8 @@ def read_vocabulary(
     else:
         vocabulary = Vocabulary("llama", tokens, types, notes=notes)
         _sentencepiece(vocabulary, state)
+        if vocabulary.lacks_bytes:
+            vocabulary.notes.append(_without_bytes(vocabulary, unchecked=unchecked))
     return vocabulary
 
 
@@ -227,13 +240,6 @@ def _sentencepiece(vocabulary: Vocabulary, state: dict[str, Any]) -> None:
             vocabulary.types[index] = UNKNOWN
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             vocabulary.types[index] = BYTE
-    if not model.get("byte_fallback"):
-        vocabulary.notes.append(
-            tr(
-                "the tokenizer has no bytes to fall back on: llama.cpp cannot write characters it does not know",
-                "该分词器没有字节回退：词表外的字符无法编码",
-            )
-        )
     normalizer, pre = _steps(state, "normalizer"), _steps(state, "pre_tokenizer")
     prepends = any(step["type"] == "Prepend" for step in normalizer)
     metaspace = any(
@@ -243,6 +249,28 @@ def _sentencepiece(vocabulary: Vocabulary, state: dict[str, Any]) -> None:
     vocabulary.marks_spaces = prepends
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     vocabulary.scores = _scores_of_merges(vocabulary, pairs)
+
+
+def _without_bytes(vocabulary: Vocabulary, *, unchecked: bool) -> str:
+    """What to tell of a vocabulary with which llama.cpp ends the process (an exception that nothing catches) at the
+    first character that no token holds. Raises ModelError unless `unchecked`."""
+    lacking = BYTES - vocabulary.types.count(BYTE)
+    said = tr(
+        f"{lacking} of the 256 byte tokens (<0x00> to <0xFF>) are missing: llama.cpp ends the whole program at the first "
+        "character that is in no token",
+        f"256 个字节词（<0x00> 至 <0xFF>）缺 {lacking} 个：llama.cpp 一遇到词表外的字符，整个程序就会中止",
+    )
+    if unchecked:
+        return said
+    raise ModelError(
+        said,
+        remedy=tr(
+            "train with a tokenizer that has them (sentencepiece: byte_fallback), or use the model as it is\n"
+            "where every text is known beforehand: --unchecked, which the file then says",
+            "请改用带字节回退的分词器（sentencepiece 的 byte_fallback），或不转换、直接使用该模型\n"
+            "若能保证文本都在词表内：--unchecked，文件中会注明",
+        ),
+    )
 
 
 def _scores_of_merges(vocabulary: Vocabulary, pairs: Sequence[tuple[str, ...]]) -> list[float]:

@@ -15,7 +15,7 @@ from tuoling.files import write_json
 from tuoling.infer.llamacpp import LlamaModel, llama_library
 from tuoling.language import tr
 from tuoling.models.source import ModelSource
-from tuoling.weights.parity import Bound, Parity, Weights, gate, record_of
+from tuoling.weights.parity import Beside, Bound, Parity, Weights, gate, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +44,7 @@ class GgufLogits:
 
 
 def verify(
-    source: ModelSource, out: Path, outtype: str, *, lora_alpha: float | None = None
+    source: ModelSource, out: Path, outtype: str, *, allow_remote_code: bool = False
 ) -> tuple[Parity | None, list[str]]:
     """Compare, and write the figures beside `out`; without llama-cpp-python that is written down and told.
 
@@ -56,8 +56,16 @@ def verify(
         write_json(record_of(out), {"verified": False, "why": error.problem})
         said = error.problem
         return None, [tr(f"not verified: {said}", f"未验证：{said}")]
-    adapters = ((source.path, 1.0),) if source.is_adapter else ()
-    before = Weights(source.weights_path, adapters, lora_alpha=lora_alpha)
+    adapters = (Beside(source.path, lora_alpha=source.lora_alpha),) if source.is_adapter else ()
+    before = Weights(source.weights_path, adapters)
     lossless = outtype == "f32"
     bound = None if lossless else _BOUNDS.get(outtype[:2], Bound())
-    return gate(before, GgufLogits(out), lossless=lossless, bound=bound, record=record_of(out)), []
+    parity = gate(
+        before,
+        GgufLogits(out),
+        lossless=lossless,
+        bound=bound,
+        record=record_of(out),
+        allow_remote_code=allow_remote_code,
+    )
+    return parity, []

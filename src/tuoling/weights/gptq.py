@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tuoling import environment
 from tuoling.errors import DataError, ModelError, OutputError, UsageError
 from tuoling.files import atomic_folder, read_json, require_writable, sha256_text, write_json
 from tuoling.language import tr
 from tuoling.models.gptq_packages import require_gptqmodel
-from tuoling.models.shape import meta_model
+from tuoling.models.shape import linear_shapes, meta_model
 from tuoling.models.source import ModelSource, find_model
 from tuoling.weights.gptq_folder import plain_folder, write_quantised
 from tuoling.weights.gptq_job import Say, run_job
@@ -72,7 +70,7 @@ def quantize(
         )
     require_writable(out.absolute().parent)
     source = find_model(model, revision=revision, base=base)
-    _require_plain(source)
+    _require_unquantised(source)
     rows = _rows(source, options, data, template, say)
     work = _Work.open(source, out, options, rows)
     if work.goes_on:
@@ -110,7 +108,7 @@ def _quantize(
     say: Say,
     step: Callable[[int, int], None],
 ) -> QuantizeReport:
-    plain = plain_folder(source, work.folder, say=say)
+    plain = plain_folder(source, work.folder, allow_remote_code=options.allow_remote_code, say=say)
     layers = linear_names(plain, allow_remote_code=options.allow_remote_code)
     report = QuantizeReport(out, options, len(layers), 0, _size(plain))
     report.notes += _width_notes(layers, options)
@@ -121,7 +119,14 @@ def _quantize(
         if options.verify:
             if work.rows is not None:
                 _measure(work, plain, folder, options, list(layers), report)
-            gate(plain, folder, lossless=False, bound=BOUNDS[options.bits], say=say)
+            gate(
+                plain,
+                folder,
+                lossless=False,
+                bound=BOUNDS[options.bits],
+                allow_remote_code=options.allow_remote_code,
+                say=say,
+            )
         else:
             skipped(folder)
         facts = work.rows.facts if work.rows else None
@@ -135,13 +140,11 @@ def linear_names(folder: Path, *, allow_remote_code: bool = False) -> dict[str, 
     model = meta_model(folder, allow_remote_code=allow_remote_code)
     head = model.get_output_embeddings()
     return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        name: shape for name, shape in linear_shapes(model).items() if model.get_submodule(name) is not head
     }
 
 
-def _require_plain(source: ModelSource) -> None:
+def _require_unquantised(source: ModelSource) -> None:
     if source.config.get("quantization_config"):
         raise ModelError(
             tr("these weights are quantised already", "这些权重已经量化过"),
@@ -211,6 +214,7 @@ def _run_gptqmodel(
             "resumable": resumable,
             "checkpoints": str(work.folder / "checkpoints"),
             "made": str(made),
+            "allow_remote_code": options.allow_remote_code,
         },
         work.folder,
         watch=lambda: step(_done(work.folder, layers), len(layers)),
@@ -294,6 +298,7 @@ def _measure(
         "rows": str(work.folder / "held_out.json"),
         "device": options.device,
         "dtype": options.dtype,
+        "allow_remote_code": options.allow_remote_code,
     }
     before = run_job(job | {"model": str(plain), "rtn": rounded}, work.folder)
     report.before, report.rtn = before["perplexity"], before["rtn_perplexity"]

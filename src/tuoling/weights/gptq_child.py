@@ -33,7 +33,13 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
     items = [{"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)} for row in rows]
     began = time.perf_counter()
     config = (AWQConfig if job["method"] == "awq" else GPTQConfig)(**job["config"])
-    model = GPTQModel.load(job["model"], config, device=job["device"], dtype=job["dtype"])
+    model = GPTQModel.load(
+        job["model"],
+        config,
+        device=job["device"],
+        dtype=job["dtype"],
+        trust_remote_code=job["allow_remote_code"],
+    )
     checkpoint = None
     if job["resumable"]:
         _allow_checkpoints()
@@ -65,7 +71,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     samples = rows_from_json(read_json(job["rows"]))
     source = find_model(job["model"])
     before = environment.peak_rss_gib()
-    model = load_model(source, dtype=job["dtype"], device=job["device"])
+    model = load_model(
+        source, dtype=job["dtype"], device=job["device"], allow_remote_code=job["allow_remote_code"]
+    )
     found: dict[str, Any] = {"perplexity": perplexity(model, samples)}
     found["tokens_per_s"] = decoding_rate(model, samples[0])
     found["memory_gib"] = environment.peak_rss_gib() - before

@@ -12,14 +12,22 @@ from tuoling.errors import ModelError, OutputError, UsageError
 from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
 from tuoling.models.adapters import some
-from tuoling.models.shape import meta_model
+from tuoling.models.shape import linear_shapes, meta_model
 from tuoling.models.source import find_model
-from tuoling.weights.convert import ConvertOptions, Report
+from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.gptq_format import PARTS, QUANTIZE_CONFIG, QuantizedFormat, QuantizedWeights
-from tuoling.weights.gptq_old import OldLayer, Survey, Unpacked, layers_of, read_layer
-from tuoling.weights.gptq_packing import PackedLinear, pack_zeros, unpack
+from tuoling.weights.gptq_old import OldLayer, OldQuantizedWeights, Survey, Unpacked, layers_of, read_layer
+from tuoling.weights.gptq_packing import PackedLinear, pack_zeros
+from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
+from tuoling.weights.tensors import (
+    SafetensorsWriter,
+    TensorInfo,
+    TensorSource,
+    copy_code,
+    copy_companions,
+    open_weights,
+)
 
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
 """Buffers that old files carry and that are computed now."""
@@ -34,13 +42,8 @@ def convert_old_gptq(source: Path, out: Path, options: ConvertOptions) -> Report
     """
     base = _base_folder(options.base)
     tensors = open_weights(source)
-    model = meta_model(base)
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    layers = layers_of(tensors, shapes, source)
+    model = meta_model(base, allow_remote_code=options.allow_remote_code)
+    layers = layers_of(tensors, linear_shapes(model), source)
     plain = _plain_names(tensors, layers, model, source)
     survey = Survey()
     for layer in layers:
@@ -69,8 +72,12 @@ def convert_old_gptq(source: Path, out: Path, options: ConvertOptions) -> Report
                     writer.write(f"{layer.name}.{part}", getattr(parts, part))
         _write_configs(base, folder, form, dtype)
         copy_companions(base, folder)
-        _compare(folder, form, tensors, layers, source)
-    return Report(out, tensors=len(infos), size_bytes=size, notes=_notes(form, survey))
+        if options.allow_remote_code:
+            copy_code(base, folder)
+        _compare(OldQuantizedWeights(source, model), QuantizedWeights(folder, form), folder)
+        before = Weights(source, described_by=folder, multiply_out=True)
+        parity = prove(before, Weights(folder, multiply_out=True), folder, options)
+    return Report(out, tensors=len(infos), size_bytes=size, notes=_notes(form, survey), parity=parity)
 
 
 def _base_folder(base: str | None) -> Path:
@@ -183,22 +190,12 @@ def _write_configs(base: Path, folder: Path, form: QuantizedFormat, dtype: torch
     write_json(folder / QUANTIZE_CONFIG, form.to_config())
 
 
-def _compare(
-    folder: Path, form: QuantizedFormat, tensors: TensorSource, layers: Iterable[OldLayer], where: Path
-) -> None:
+def _compare(old: OldQuantizedWeights, written: QuantizedWeights, folder: Path) -> None:
     """Read every layer back as today's readers do: it must be the old one to the rounding of its scales."""
-    written = QuantizedWeights(folder, form)
-    for layer in layers:
-        found = read_layer(tensors, layer, where)
-        q_KN = unpack(tensors.read(f"{layer.name}.qweight"), layer.bits, layer.inputs)
-        group_K = found.g_idx.to(torch.int64)
-        scale_GN = found.scale_GN.half().float()
-        if not torch.equal(
-            written.read(f"{layer.name}.weight").t(), scale_GN[group_K] * (q_KN - found.zero_GN[group_K])
-        ):
+    for layer in written.layers:
+        if not torch.equal(written.read(f"{layer}.weight"), old.read(f"{layer}.weight")):
             raise OutputError(
-                tr(f"{layer.name} does not read back the same", f"{layer.name} 读回后不一致"),
-                where=str(folder),
+                tr(f"{layer} does not read back the same", f"{layer} 读回后不一致"), where=str(folder)
             )
 
 

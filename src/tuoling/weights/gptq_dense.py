@@ -9,10 +9,11 @@ import torch
 from tuoling.errors import ModelError
 from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
-from tuoling.weights.convert import ConvertOptions, Report
+from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
+from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_companions
+from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_code, copy_companions
 
 
 def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
@@ -44,6 +45,9 @@ def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         copy_companions(source, folder)
+        if options.allow_remote_code:
+            copy_code(source, folder)
+        parity = prove(Weights(source, multiply_out=True), folder, folder, options)
     count = len(weights.layers)
     notes = [
         tr(
@@ -51,4 +55,4 @@ def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
             f"还原了 {count} 个 {form.bits} 位的层；量化损失的精度不会恢复",
         )
     ]
-    return Report(out, tensors=len(infos), size_bytes=size, notes=notes)
+    return Report(out, tensors=len(infos), size_bytes=size, notes=notes, parity=parity)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from tuoling.errors import ModelError
 from tuoling.language import tr
 from tuoling.models.adapters import some
-from tuoling.weights.gptq_packing import BITS, groups_of, unpack_zeros, wrapped_zeros
-from tuoling.weights.tensors import TensorSource
+from tuoling.models.shape import linear_shapes
+from tuoling.weights.gptq_packing import BITS, groups_of, unpack, unpack_zeros, wrapped_zeros
+from tuoling.weights.tensors import TensorInfo, TensorSource, open_weights
 
 _SMALL_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -153,6 +155,30 @@ def read_layer(tensors: TensorSource, layer: OldLayer, where: Path) -> Unpacked:
         else groups_of(layer.inputs, layer.group_size)
     )
     return Unpacked(zero_GN, scales, g_idx, int(nought_GN.sum()), int(lost_GN.sum()))
+
+
+class OldQuantizedWeights:
+    """A `TensorSource` of the plain weights behind an old file, as today's folder keeps them: scales in float16."""
+
+    def __init__(self, path: Path, model: Any) -> None:
+        """model: without weights, for names and shapes. Raises ModelError where the file is not of this model."""
+        self._path, self._stored = path, open_weights(path)
+        layers = layers_of(self._stored, linear_shapes(model), path)
+        self._layers = {f"{layer.name}.weight": layer for layer in layers}
+        known = model.state_dict().keys()
+        self.infos = {name: info for name, info in self._stored.infos.items() if name in known}
+        for name, layer in self._layers.items():
+            self.infos[name] = TensorInfo(torch.float32, (layer.outputs, layer.inputs))
+
+    def read(self, name: str) -> Tensor:
+        layer = self._layers.get(name)
+        if layer is None:
+            return self._stored.read(name)
+        found = read_layer(self._stored, layer, self._path)
+        q_KN = unpack(self._stored.read(f"{layer.name}.qweight"), layer.bits, layer.inputs)
+        group_K = found.g_idx.to(torch.int64)
+        weight_KN = found.scale_GN.half().float()[group_K] * (q_KN - found.zero_GN[group_K])
+        return weight_KN.t().contiguous()
 
 
 @dataclass

@@ -17,21 +17,14 @@ from tuoling.language import tr
 from tuoling.models.adapters import some
 from tuoling.models.licence import of_model, to_json, union, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource
-from tuoling.weights.deltas import (
-    Change,
-    Changes,
-    Rows,
-    Whole,
-    apply_changes,
-    changes_of,
-    require_dora_alone,
-    same_base,
-)
+from tuoling.weights.changes import Change, Rows, Whole, apply_changes
+from tuoling.weights.deltas import Changes, changes_of, require_dora_alone, same_base
 from tuoling.weights.merge_card import merge_card
 from tuoling.weights.tensors import (
     SafetensorsWriter,
     TensorInfo,
     TensorSource,
+    copy_code,
     copy_companions,
     non_finite,
     open_weights,
@@ -265,7 +258,7 @@ def merge(
                 writer.write(name, tensor)
                 step(number, len(merged.infos))
         _write_beside(merged, place, allow_remote_code=allow_remote_code)
-        checked = prove(merged.adapters, place, verify=verify, say=say)
+        checked = prove(merged.adapters, place, verify=verify, allow_remote_code=allow_remote_code, say=say)
         record = lineage(merged, checked)
         files.write_json(place / RECORD, record)
         with files.atomic_write(place / "README.md") as file:
@@ -313,8 +306,7 @@ def _write_beside(merged: Merged, place: Path, *, allow_remote_code: bool) -> No
     else:
         copy_companions(source.weights_path, place)
     if allow_remote_code:
-        for file in source.weights_path.glob("*.py"):
-            shutil.copyfile(file, place / file.name)
+        copy_code(source.weights_path, place)
     record = {
         "template": source.template,
         "stops": list(source.stops) or None,

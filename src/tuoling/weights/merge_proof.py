@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuoling.errors import TuolingError
 from tuoling.language import tr
-from tuoling.weights.parity import Bound, Weights, gate, skipped
+from tuoling.weights.parity import Beside, Bound, Weights, gate, skipped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,8 @@ class AsTrained:
 
     adapter: str
     base: str
-    lora_alpha: float | None
+    lora_alpha: float | None = None
+    allow_remote_code: bool = False
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """[T, V] of one sequence."""
@@ -50,11 +51,17 @@ def _load(side: AsTrained) -> Any:
     from tuoling.models.load import load_model
     from tuoling.models.source import find_model
 
-    return load_model(find_model(side.adapter, base=side.base, lora_alpha=side.lora_alpha), dtype="fp32")
+    source = find_model(side.adapter, base=side.base, lora_alpha=side.lora_alpha)
+    return load_model(source, dtype="fp32", allow_remote_code=side.allow_remote_code)
 
 
 def prove(
-    adapters: Sequence[Weighted], merged: Path, *, verify: bool, say: Callable[[str], None]
+    adapters: Sequence[Weighted],
+    merged: Path,
+    *,
+    verify: bool,
+    allow_remote_code: bool = False,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Compare the folder `merged` with its adapters unmerged; returns what its record says of it.
 
@@ -64,23 +71,26 @@ def prove(
         skipped(merged)
         return {"verified": False}
     source = adapters[0].source
-    parts = tuple((one.source.path.resolve(), one.weight) for one in adapters)
-    before = Weights(source.weights_path.resolve(), parts, lora_alpha=source.lora_alpha)
-    parity = gate(before, merged, lossless=True, say=say)
+    parts = tuple(Beside(one.source.path.resolve(), one.weight, one.source.lora_alpha) for one in adapters)
+    before = Weights(source.weights_path.resolve(), parts)
+    parity = gate(before, merged, lossless=True, allow_remote_code=allow_remote_code, say=say)
     found: dict[str, Any] = {
         "verified": True,
         "max_logit_difference": parity.max_logit_difference,
         "perplexity": parity.perplexity_after,
     }
     if source.quantization and len(adapters) == 1:
-        found["low_bit_route"] = _low_bit_route(adapters[0], merged, say)
+        found["low_bit_route"] = _low_bit_route(adapters[0], merged, allow_remote_code, say)
     return found
 
 
-def _low_bit_route(one: Weighted, merged: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _low_bit_route(
+    one: Weighted, merged: Path, allow_remote_code: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Loss of the adapter on the base it was trained on (8 or 4 bits) beside that of the merged 16-bit weights."""
     source = one.source
-    side = AsTrained(str(source.path.resolve()), str(source.weights_path.resolve()), source.lora_alpha)
+    places = str(source.path.resolve()), str(source.weights_path.resolve())
+    side = AsTrained(*places, source.lora_alpha, allow_remote_code)
     found: dict[str, Any] = {"trained_on": str(source.quantization)}
     try:
         parity = gate(
@@ -89,6 +99,7 @@ def _low_bit_route(one: Weighted, merged: Path, say: Callable[[str], None]) -> d
             lossless=False,
             bound=_ANY_LOSS,
             record=merged / LOW_BIT_RECORD,
+            allow_remote_code=allow_remote_code,
             say=lambda line: None,
         )
     except TuolingError as error:

@@ -27,9 +27,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tuoling import console
 from tuoling.errors import ModelError
@@ -41,7 +41,7 @@ from tuoling.weights.parity_figures import Bound, Parity, as_record, judge, tabl
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Bound", "Parity", "ParityError", "Weights", "as_record", "gate", "record_of", "skipped"]
+__all__ = ["Beside", "Bound", "Parity", "ParityError", "Weights", "as_record", "gate", "record_of", "skipped"]
 
 CHILD = (sys.executable, "-m", "tuoling.weights.parity_child")
 RECORD = "parity.json"
@@ -80,18 +80,31 @@ class LogitsModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A model folder, and adapters on top of it, each with its weight (1.0: as it was trained).
+class Beside(NamedTuple):
+    """An adapter beside its base, and how much of it counts (1.0: as it was trained).
 
-    described_by: folder with config.json and tokenizer, where `folder` has none (Meta's layout).
-    lora_alpha:   of an adapter whose files do not say it.
+    lora_alpha: of an adapter whose files do not say it.
     """
 
     folder: Path
-    adapters: tuple[tuple[Path, float], ...] = ()
-    described_by: Path | None = None
+    weight: float = 1.0
     lora_alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model folder or file, and adapters on top of it.
+
+    described_by:      folder with config.json and tokenizer, where `folder` has none (Meta's layout).
+    multiply_out:      quantised layers are read as the plain weights they stand for, not run by gptqmodel.
+    allow_remote_code: the model's own Python code may be run.
+    """
+
+    folder: Path
+    adapters: tuple[Beside, ...] = ()
+    described_by: Path | None = None
+    multiply_out: bool = False
+    allow_remote_code: bool = False
 
 
 Side = Path | str | Weights | LogitsModel
@@ -118,6 +131,7 @@ def gate(
     vocabulary: Sequence[int] | None = None,
     bound: Bound | None = None,
     record: Path | None = None,
+    allow_remote_code: bool = False,
     say: Callable[[str], None] = console.note,
 ) -> Parity:
     """Compare what two sets of weights compute; write parity.json beside the output and return the figures.
@@ -125,9 +139,11 @@ def gate(
     vocabulary: where ids differ: the id before of every id after, -1 for a new one. Shared words are compared.
     bound:      what a lossy step may cost; not read for a lossless one.
     record:     where the figures are written: by default in the folder `after`, or beside the file `after`.
+    allow_remote_code: Python code in the folders may be run.
     Raises ParityError, with the figures, where it does not pass (nothing is written then).
     """
-    request = Request(_weights(before), _weights(after), tuple(probes or PROBES), lossless, vocabulary)
+    old, new = (_weights(side, allow_remote_code) for side in (before, after))
+    request = Request(old, new, tuple(probes or PROBES), lossless, vocabulary)
     began = time.perf_counter()
     measured = _measure(request)
     parity = judge(measured, lossless=lossless, bound=bound, seconds=time.perf_counter() - began)
@@ -146,15 +162,18 @@ def gate(
     return parity
 
 
-def _weights(side: Side) -> Weights | LogitsModel:
-    """A folder's weights with the adapters that its files name; anything else as it is."""
+def _weights(side: Side, allow_remote_code: bool) -> Weights | LogitsModel:
+    """A folder's weights with the adapters that its files name; an engine as it is."""
+    if isinstance(side, Weights):
+        return replace(side, allow_remote_code=side.allow_remote_code or allow_remote_code)
     if not isinstance(side, Path | str):
         return side
     path = Path(side)
     if path.is_dir() and (path / "config.json").is_file() and not (path / "run.json").is_file():
-        return Weights(path)
+        return Weights(path, allow_remote_code=allow_remote_code)
     source = find_model(side)
-    return Weights(source.weights_path, ((source.path, 1.0),) if source.is_adapter else ())
+    adapters = (Beside(source.path),) if source.is_adapter else ()
+    return Weights(source.weights_path, adapters, allow_remote_code=allow_remote_code)
 
 
 def _measure(request: Request) -> dict[str, Any]:
@@ -178,11 +197,12 @@ def _measure(request: Request) -> dict[str, Any]:
         return measured
     if "error" in answer:
         said = answer["error"]
-        raise ParityError(said["problem"], where=said["where"], remedy=said["remedy"] or _way_past())
+        raise ParityError(said["problem"], where=said["where"], remedy=said["remedy"] or _without_check())
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         last = tr("the system killed it for its memory", "系统因内存不足将其终止")
     raise ParityError(
-        tr(f"the check itself failed: {last or code}", f"检查本身失败：{last or code}"), remedy=_way_past()
+        tr(f"the check itself failed: {last or code}", f"检查本身失败：{last or code}"),
+        remedy=_without_check(),
     )
 
 
@@ -198,7 +218,7 @@ def _follow(lines: IO[bytes]) -> dict[str, Any]:
     return answer
 
 
-def _way_past() -> str:
+def _without_check() -> str:
     return tr("to go on without it: --no-verify", "跳过检查：--no-verify")
 
 

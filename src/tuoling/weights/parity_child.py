@@ -252,11 +252,11 @@ class Comparison:
         before, after = self._of["before"], self._of["after"]
         if not (self._request.lossless and isinstance(before, Weights) and isinstance(after, Weights)):
             return {}
-        usual, kinds = self._stored_as(), open_side(after.folder).infos
+        usual, kinds = self._stored_as(), open_side(after).infos
         if usual is None or (before.adapters and not self._merges()):
             return {}
         rounded = {}
-        for name, info in open_side(before.folder).infos.items():
+        for name, info in open_side(before).infos.items():
             to = kinds[name].dtype if name in kinds else getattr(torch, usual)
             if info.dtype.is_floating_point and to.is_floating_point and narrower(to, info.dtype):
                 rounded[name] = to
@@ -268,7 +268,7 @@ class Comparison:
         if not isinstance(after, Weights):
             return None
         sizes: Counter[torch.dtype] = Counter()
-        for info in open_side(after.folder).infos.values():
+        for info in open_side(after).infos.values():
             sizes[info.dtype] += info.size_bytes
         return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from tuoling.families import own_code_refused
 from tuoling.language import tr
 from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import wrap
+from tuoling.models.shape import meta_model
 from tuoling.weights.parity import LogitsModel, Weights
 from tuoling.weights.streamed import CannotStream, StreamedModel, column_order
 from tuoling.weights.tensors import TensorSource, open_weights
@@ -94,9 +95,15 @@ class FolderSide:
         from tuoling.models.load import find_model, load_model
         from tuoling.models.quantization import Quantization
 
-        source = find_model(self._weights.folder)
-        model = load_model(source, dtype="fp32", device="cpu", quantization=Quantization())
-        self._whole = attach_adapters(model, self._weights).eval()
+        weights = self._weights
+        model = load_model(
+            find_model(weights.folder),
+            dtype="fp32",
+            device="cpu",
+            quantization=Quantization(),
+            allow_remote_code=weights.allow_remote_code,
+        )
+        self._whole = attach_adapters(model, weights).eval()
         self.how = tr(f"loaded whole: {why}", f"整体载入：{why}")
 
 
@@ -125,14 +132,16 @@ def build(weights: Weights, **options: Any) -> StreamedModel:
     """The model without its weights. options: as `StreamedModel` has them. Raises CannotStream."""
     return StreamedModel(
         streamable_config(weights),
-        open_side(weights.folder),
+        open_side(weights),
+        allow_remote_code=weights.allow_remote_code,
         attach=lambda model: attach_adapters(model, weights),
         **options,
     )
 
 
-def open_side(path: Path) -> TensorSource:
-    """A folder's tensors, or a GGUF or old ggml file's, under Hugging Face's names."""
+def open_side(weights: Weights) -> TensorSource:
+    """A folder's tensors, or a GGUF, old ggml or old GPTQ file's, under Hugging Face's names."""
+    path = weights.folder
     if path.is_file():
         with path.open("rb") as file:
             magic = file.read(4)
@@ -144,14 +153,33 @@ def open_side(path: Path) -> TensorSource:
             from tuoling.weights.old_ggml import OldGgmlModel
 
             return OldGgmlModel(path)
+    if weights.multiply_out:
+        from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
+        from tuoling.weights.gptq_old import OldQuantizedWeights
+
+        form = quantized_format(path) if path.is_dir() else None
+        if form is not None:
+            return QuantizedWeights(path, form)
+        assert weights.described_by is not None
+        return OldQuantizedWeights(
+            path, meta_model(weights.described_by, allow_remote_code=weights.allow_remote_code)
+        )
     return open_weights(path)
 
 
 def read_config(weights: Weights) -> Any:
-    """The model's config."""
+    """The model's config. Raises ModelError where only code that was not allowed can read it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(weights.described_by or weights.folder, local_files_only=True)
+    folder = weights.described_by or weights.folder
+    try:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=weights.allow_remote_code
+        )
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
+        raise
 
 
 def streamable_config(weights: Weights) -> Any:
@@ -161,7 +189,9 @@ def streamable_config(weights: Weights) -> Any:
     except (ValueError, KeyError, OSError) as error:
         raise CannotStream(str(error).splitlines()[0]) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise CannotStream(tr("its weights are quantised", "权重已量化"))
+        if not weights.multiply_out:
+            raise CannotStream(tr("its weights are quantised", "权重已量化"))
+        del config.quantization_config
     return config
 
 
@@ -171,8 +201,8 @@ def attach_adapters(model: Any, weights: Weights) -> Any:
     from peft.tuners.lora import LoraLayer
 
     names = [f"adapter_{number}" if number else "default" for number in range(len(weights.adapters))]
-    for name, (folder, weight) in zip(names, weights.adapters, strict=True):
-        adapter = read_adapter(folder, lora_alpha=weights.lora_alpha)
+    for name, (folder, weight, lora_alpha) in zip(names, weights.adapters, strict=True):
+        adapter = read_adapter(folder, lora_alpha=lora_alpha)
         if name == "default":
             model = wrap(model, adapter)
         else:
@@ -188,7 +218,7 @@ def attach_adapters(model: Any, weights: Weights) -> Any:
 
 def can_merge(weights: Weights) -> bool:
     """Whether the adapters are plain LoRA inside the layers, which is added to one weight each."""
-    configs = [read_adapter(folder, lora_alpha=weights.lora_alpha).config for folder, _ in weights.adapters]
+    configs = [read_adapter(folder, lora_alpha=alpha).config for folder, _, alpha in weights.adapters]
     return bool(configs) and not any(
         config.get("use_dora") or config.get("modules_to_save") or _outside(config) for config in configs
     )

@@ -86,7 +86,13 @@ def score(
     """
     rows = [ids for ids, _ in tokenizer.encode_batch(texts)]
     characters = sum(len(tokenizer.decode(ids)) for ids in rows)
-    request = pickle.dumps(sys.path) + pickle.dumps((weights, rows, None if kept is None else kept.tolist()))
+    measured = _measure_apart(weights, rows, None if kept is None else kept.tolist())
+    return TextScore(characters=characters, **measured)
+
+
+def _measure_apart(weights: Weights, rows: list[list[int]], kept: list[int] | None) -> dict[str, Any]:
+    """`measure` in the child."""
+    request = pickle.dumps(sys.path) + pickle.dumps((weights, rows, kept))
     done = subprocess.run(CHILD, input=request, capture_output=True, check=False)
     if done.returncode:
         last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or [str(done.returncode)])[-1]
@@ -95,8 +101,8 @@ def score(
             where=str(weights.folder),
             remedy=tr("--no-verify goes on without", "--no-verify 可跳过"),
         )
-    measured = json.loads(done.stdout.splitlines()[-1])
-    return TextScore(characters=characters, **measured)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def measure(weights: Weights, rows: Sequence[list[int]], kept: Sequence[int] | None) -> dict[str, float]:

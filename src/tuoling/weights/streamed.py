@@ -43,19 +43,21 @@ class StreamedModel:
         attach: Callable[[Any], Any] = lambda model: model,
         merge: bool = False,
         before_drop: Callable[[], None] = lambda: None,
+        allow_remote_code: bool = False,
     ) -> None:
         """rounded: types to round tensors to after reading, by their name in the files.
         columns: ids of words whose logits come first, in this order; the other words follow.
         attach: puts adapters on the model, which has no weights yet.
         merge: add the adapters to their base weights, in float32 before rounding, instead of running beside them.
         before_drop: called when a layer has run and still holds its weights.
+        allow_remote_code: the model's own Python code may be run.
         Raises CannotStream, before anything large is read.
         """
         self._source = source
         self._rounded = dict(rounded or {})
         self._before_drop = before_drop
         self._columns = columns
-        model = _empty_model(config)
+        model = _empty_model(config, allow_remote_code)
         # by the parameter itself: adapters move modules to other names, and tied weights have several
         self._names = _names_in_files(model, source)
         self.model = attach(model).eval()
@@ -180,13 +182,15 @@ def column_order(columns: torch.Tensor | None, words: int) -> tuple[torch.Tensor
     return torch.cat([columns, others.nonzero()[:, 0]]), len(columns)
 
 
-def _empty_model(config: Any) -> Any:
+def _empty_model(config: Any, allow_remote_code: bool) -> Any:
     """The model without weights. Buffers are real: those are computed from the config, not read."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=allow_remote_code
+        )
 
 
 def _names_in_files(model: Any, source: TensorSource) -> dict[int, str]:

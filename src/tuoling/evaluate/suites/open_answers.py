@@ -10,9 +10,11 @@ from typing import Any
 
 from tuoling.errors import DataError, EndpointError, MissingPackage
 from tuoling.evaluate.answers import Answer, Log, answer_items, empty_words
+from tuoling.evaluate.arena import Arena
 from tuoling.evaluate.classes import BELLE_CLASSES, nearest_class
 from tuoling.evaluate.items import Items
 from tuoling.evaluate.judge import Judge
+from tuoling.evaluate.labels import Note
 from tuoling.evaluate.metrics import REFERENCED
 from tuoling.evaluate.outcome import Outcome, Side
 from tuoling.evaluate.sides import Contender, greedy
@@ -33,6 +35,7 @@ class Plan:
     """How a suite is run. folder: where logs and results lie. settings: generation settings the user changed.
 
     metrics: name → (answer, reference) → 0 to 1. judge: asked for a score of every answer, None for offline metrics.
+    arena: compares the sides in pairs instead.
     """
 
     suite: str
@@ -45,6 +48,7 @@ class Plan:
     metrics: Metrics = field(default_factory=lambda: REFERENCED)
     headline: str | None = None
     judge: Judge | None = None
+    arena: Arena | None = None
     progress: Progress = lambda what, done, total: None
     say: Callable[[str], None] = lambda text: None
 
@@ -57,7 +61,7 @@ def run(plan: Plan) -> tuple[Outcome, EndpointError | None]:
     """
     items = plan.items.items
     answered = sum(bool(item.target) for item in items)
-    if not answered and plan.judge is None:
+    if not answered and plan.judge is None and plan.arena is None:
         raise DataError(
             tr(f"none of {len(items)} rows has an answer to compare with", f"{len(items)} 行都没有参考答案"),
             where=plan.file,
@@ -73,10 +77,13 @@ def run(plan: Plan) -> tuple[Outcome, EndpointError | None]:
     failed: EndpointError | None = None
     if plan.judge is not None:
         failed = _judge(plan, plan.judge, outcome)
+    if plan.arena is not None:
+        plan.arena.hold(outcome)
+        failed = plan.arena.failed
     return outcome, failed
 
 
-def _ask(plan: Plan, contender: Contender, notes: list[str]) -> Side:
+def _ask(plan: Plan, contender: Contender, notes: list[Note]) -> Side:
     """One side's answers; the log is the same for all sides, and its keys know the model."""
     items = plan.items.items
     with contender.opened() as engine:
@@ -111,7 +118,7 @@ def _ask(plan: Plan, contender: Contender, notes: list[str]) -> Side:
     return Side(contender.name, contender.path, facts, answers)
 
 
-def _offline(plan: Plan, answers: Sequence[Answer], notes: list[str]) -> dict[str, list[float | None]]:
+def _offline(plan: Plan, answers: Sequence[Answer], notes: list[Note]) -> dict[str, list[float | None]]:
     """Values by metric; None for items without a reference. A metric whose package is missing is left out and told."""
     values: dict[str, list[float | None]] = {}
     for name, metric in plan.metrics.items():
@@ -121,7 +128,7 @@ def _offline(plan: Plan, answers: Sequence[Answer], notes: list[str]) -> dict[st
                 for item, answer in zip(plan.items.items, answers, strict=True)
             ]
         except MissingPackage as error:
-            note = f"{error.problem}: {error.remedy}"
+            note = Note(*[f"{error.problem}: {error.remedy}"] * 2)
             if note not in notes:
                 notes.append(note)
     return values
@@ -143,7 +150,7 @@ def _judge(plan: Plan, judge: Judge, outcome: Outcome) -> EndpointError | None:
     except EndpointError as error:
         failed = error
         outcome.complete = False
-        outcome.notes.append(tr(f"the judge failed: {error.problem}", f"裁判接口出错：{error.problem}"))
+        outcome.notes.append(Note(f"the judge failed: {error.problem}", f"裁判接口出错：{error.problem}"))
     finally:
         log.close()
     outcome.facts["judge"] = judge.facts()
@@ -163,13 +170,13 @@ def _headline(plan: Plan, *, judged: bool = True) -> str:
     return "exact_match" if lengths and statistics.median(lengths) <= SHORT_TARGET else "rouge_l"
 
 
-def _row_notes(plan: Plan, answered: int) -> list[str]:
+def _row_notes(plan: Plan, answered: int) -> list[Note]:
     """What the file lacks: rows that ask nothing, references, known classes."""
-    notes = []
+    notes: list[Note] = []
     left = plan.items.left_out
     if left:
         notes.append(
-            tr(
+            Note(
                 f"{len(left)} rows could not be asked, the first: {left[0]}",
                 f"{len(left)} 行无法提问，第一处：{left[0]}",
             )
@@ -177,7 +184,7 @@ def _row_notes(plan: Plan, answered: int) -> list[str]:
     missing = len(plan.items.items) - answered
     if missing:
         notes.append(
-            tr(
+            Note(
                 f"{missing} of {len(plan.items.items)} rows have no reference answer: offline metrics leave them out",
                 f"{len(plan.items.items)} 行中有 {missing} 行没有参考答案：离线指标不计这些行",
             )
@@ -191,12 +198,12 @@ def _row_notes(plan: Plan, answered: int) -> list[str]:
     return notes
 
 
-def _unknown_words(group: str, count: int) -> str:
+def _unknown_words(group: str, count: int) -> Note:
     near = nearest_class(group)
-    meant = tr(f" (did you mean {near}?)", f"（是不是 {near}？）") if near else ""
-    return tr(
+    meant, meant_zh = (f" (did you mean {near}?)", f"（是不是 {near}？）") if near else ("", "")
+    return Note(
         f"class {group!r} is none of BELLE's{meant}: no judge prompt for its {count} rows, the judge leaves them out",
-        f"类别 {group!r} 不在 BELLE 的类别中{meant}：没有对应的评分提示，裁判跳过这 {count} 行",
+        f"类别 {group!r} 不在 BELLE 的类别中{meant_zh}：没有对应的评分提示，裁判跳过这 {count} 行",
     )
 
 

@@ -1,0 +1,1 @@
+"""A model for many callers at once: continuous batching, and OpenAI's API over it."""
