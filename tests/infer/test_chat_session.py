@@ -311,6 +311,16 @@ def test_stats_count_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     assert stats.tokens_per_s == pytest.approx(3 / stats.seconds)
 
 
+def test_stats_of_an_answer_that_was_stopped_are_not_those_of_the_one_before() -> None:
+    session = ChatSession(ParrotEngine(), ParrotEngine().defaults)
+    list(session.ask("甲"))
+    assert session.stats is not None
+    stopped = session.ask("乙乙乙")
+    next(stopped)
+    stopped.close()
+    assert session.stats is None and session.reply is None and session.turns == 2
+
+
 def test_another_adapter_goes_on_with_the_talk(capsys: pytest.CaptureFixture[str]) -> None:
     engine = ParrotEngine()
     engine.adapters, engine.adapter = ("law", "base"), "law"

@@ -109,7 +109,6 @@ class ChatSession:
         if not self._exchanges:
             raise UsageError(tr("there is nothing to summarise", "还没有可以概括的对话"))
         request = _summary_request(self._exchanges)
-        self.reply = None
         yield from self._stream(self.conversation().asked(request), cancel)
         if self.reply is None or self.reply.finish_reason == "cancelled" or not self._shown.strip():
             self._say(tr("no summary came: the talk stays as it is", "没有得到概括：对话保持不变"))
@@ -122,6 +121,7 @@ class ChatSession:
         """The engine's pieces; meanwhile `_shown` is what stands on the screen, and then come the stats."""
         self._shown = ""
         fitted = self._fit(asked)
+        self.stats = self.reply = None  # those of the answer before are not this one's, should it be stopped
         started = time.perf_counter()
         first_s: float | None = None
         with closing(self.engine.stream(fitted.conversation, self.settings, cancel=cancel)) as pieces:

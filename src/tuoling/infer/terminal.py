@@ -191,7 +191,7 @@ class Terminal:
     def _stats(self, rest: str) -> None:
         stats = self._session.stats
         if stats is None:
-            raise UsageError(tr("nothing was answered yet", "还没有回答过问题"))
+            raise UsageError(tr("there is no whole answer to count", "还没有完整的回答可供统计"))
         share = stats.context_tokens / stats.limit_tokens
         console.note(
             tr(
@@ -238,6 +238,7 @@ def terminal_reader(prompt: str) -> ReadLine:
         try:
             return input(prompt)
         except EOFError:
+            console.err.print()  # what comes after the program starts on a line of its own
             return None
 
     return read
