@@ -297,6 +297,13 @@ def test_a_model_is_quantised_and_judged(family: str, bits: int, layers: int, tm
     assert named <= set(found["files"])
     record = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert record["calibration"]["rows"] == 24 and record["verified"]
+    proof = json.loads((tmp_path / "out" / "parity.json").read_text())
+    own = json.loads((tmp_path / "own_reader.json").read_text())
+    assert proof["verified"] and proof["passed"]
+    assert proof["perplexity_after"] == pytest.approx(own["perplexity_after"], rel=1e-6)
+    assert own["streamed"]["before"] == "streamed" != own["streamed"]["after"], "our reader, and gptqmodel"
+    assert own["perplexity_before"] == pytest.approx(own["perplexity_after"], rel=0.02)
+    assert own["max_logit_difference"] < 0.25 and proof["max_logit_difference"] > 0
     assert not list(tmp_path.glob(".*"))
     require_close({**found, "bits": bits})
 
