@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,17 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         quantize(str(model), tmp_path / "out", RTN)
     with pytest.raises(ModelError, match="quantised already"):
         quantize(str(tmp_path / "out"), tmp_path / "again", RTN)
+
+
+def test_three_bits_of_a_width_that_gptqmodel_cannot_pack(tmp_path: Path) -> None:
+    needs_gptqmodel()
+    model = tiny_model(tmp_path / "model", "llama", hidden=48)
+    rows = write_rows(tmp_path / "rows.jsonl", sum_rows(20))
+    options = QuantizeOptions(bits=3, group_size=16, rows=8, device="cpu", verify=False)
+    with pytest.raises(ModelError, match="has 48 inputs"):
+        quantize(str(model), tmp_path / "out", options, data=[str(rows)])
+    quantize(str(model), tmp_path / "out", replace(options, method="rtn"))
+    assert quantized_format(tmp_path / "out") is not None
 
 
 def test_missing_gptqmodel_is_said_with_the_lines_to_type(
