@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuoling import environment
+from tuoling.data.mix import Mix
 from tuoling.data.store import StoreReport, TokenStore
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
@@ -32,7 +33,7 @@ from tuoling.train.memory import (
 from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
-from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
+from tuoling.train.rows import Rows, Say, compile_rows, hold_out, mix_of, sharing_note
 from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 
 if TYPE_CHECKING:
@@ -62,12 +63,15 @@ class Setup:
     laid_for: int = 1
     """Processes the steps were laid for: another number than world_size where a run goes on with more or fewer."""
     offset: Offset = FROM_THE_BEGINNING
+    mix: Mix | None = None
+    watched: Rows | None = None
+    """Rows whose loss is measured before and after, and that are not trained."""
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """The same in all processes that may train together."""
-        held_out = self.held_out.store.key if self.held_out else None
-        return f"{self.config.model_dump_json(exclude={'output_dir'})} {self.train.store.key} {held_out} {self.dtype}"
+        stores = [rows.store.key if rows else None for rows in (self.train, self.held_out, self.watched)]
+        return f"{self.config.model_dump_json(exclude={'output_dir'})} {stores} {self.dtype}"
 
 
 def prepare(
@@ -111,6 +115,55 @@ def prepare(
             )
         )
     tokenizer = load_tokenizer(source)
+    template, reason = _template_of(config, source, tokenizer, tell)
+    rows = _read_rows(config, tokenizer, template, tell)
+    train = rows.train
+    shape = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
+    size = model_size(shape, source, config)
+    memory = estimate_memory(config, model_config=shape.config, lengths=train.lengths, size=size, dtype=dtype)
+    plan = make_plan(
+        config,
+        lengths=train.lengths,
+        learned=train.learned,
+        eval_rows=len(rows.held_out) if rows.held_out else 0,
+        shared_rows=len(rows.alone) - len(train),
+        shared_tokens=int(rows.alone.lengths.sum() - train.lengths.sum()),
+        size=size,
+        memory=memory,
+        device=device,
+        world_size=world_size,
+        lineage=_lineage(config, source, rows.alone.store),
+        laid_for=laid_for,
+        offset=offset,
+        mix=rows.mix,
+        fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
+    )
+    return Setup(
+        config=config,
+        source=source,
+        tokenizer=tokenizer,
+        template=template,
+        template_reason=reason,
+        train=train,
+        held_out=rows.held_out,
+        report=rows.report,
+        plan=plan,
+        device=device,
+        dtype=dtype,
+        hidden=size.hidden,
+        world_size=world_size,
+        laid_for=laid_for,
+        offset=offset,
+        mix=rows.mix,
+        watched=rows.watched,
+        notes=kept,
+    )
+
+
+def _template_of(
+    config: RunConfig, source: ModelSource, tokenizer: TextTokenizer, say: Say
+) -> tuple[Template, str]:
+    """The template and why it is this one. Refuses a tokenizer that cannot end an answer."""
     template, reason = choose_template(
         requested=config.template,
         saved=source.template,
@@ -130,55 +183,42 @@ def prepare(
             ),
         )
     for finding in check_template(template, tokenizer):
-        tell(finding.message)
-    store, report = compile_rows(config, config.data, config.dataset, tokenizer, template, tell)
+        say(finding.message)
+    return template, reason
+
+
+@dataclass(frozen=True)
+class _RunRows:
+    """Rows of a run. alone: those that are trained, one by one; train: the same, with shared prefixes laid together."""
+
+    alone: Rows
+    train: Rows
+    held_out: Rows | None
+    watched: Rows | None
+    mix: Mix | None
+    report: StoreReport
+
+
+def _read_rows(config: RunConfig, tokenizer: TextTokenizer, template: Template, say: Say) -> _RunRows:
+    """Compile every file the config names, and hold some rows out where it asks for that."""
+
+    def all_of(files: Sequence[str], names: Sequence[str]) -> tuple[Rows, StoreReport]:
+        store, report = compile_rows(config, files, names, tokenizer, template, say)
+        return Rows(store, np.arange(len(store))), report
+
+    alone, report = all_of(config.data, config.dataset)
     held_out: Rows | None
     if config.eval_data or config.eval_dataset:
-        eval_store, _ = compile_rows(config, config.eval_data, config.eval_dataset, tokenizer, template, tell)
-        train, held_out = Rows(store, np.arange(len(store))), Rows(eval_store, np.arange(len(eval_store)))
+        held_out, _ = all_of(config.eval_data, config.eval_dataset)
     else:
-        train, held_out = hold_out(store, config.val_rows(len(store)), config.seed)
-    alone = train
+        alone, held_out = hold_out(alone.store, config.val_rows(len(alone)), config.seed)
+    watched = all_of(config.watch_data, ())[0] if config.watch_data else None
+    mix = mix_of(config, alone)
+    train = alone
     if config.share_prefixes:
         train = alone.sharing_prefixes()
-        tell(sharing_note(alone, train))
-    shape = meta_model(source.weights_path, allow_remote_code=config.allow_remote_code)
-    size = model_size(shape, source, config)
-    memory = estimate_memory(config, model_config=shape.config, lengths=train.lengths, size=size, dtype=dtype)
-    plan = make_plan(
-        config,
-        lengths=train.lengths,
-        learned=train.learned,
-        eval_rows=len(held_out) if held_out else 0,
-        shared_rows=len(alone) - len(train),
-        shared_tokens=int(alone.lengths.sum() - train.lengths.sum()),
-        size=size,
-        memory=memory,
-        device=device,
-        world_size=world_size,
-        lineage=_lineage(config, source, store),
-        laid_for=laid_for,
-        offset=offset,
-        fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
-    )
-    return Setup(
-        config=config,
-        source=source,
-        tokenizer=tokenizer,
-        template=template,
-        template_reason=reason,
-        train=train,
-        held_out=held_out,
-        report=report,
-        plan=plan,
-        device=device,
-        dtype=dtype,
-        hidden=size.hidden,
-        world_size=world_size,
-        laid_for=laid_for,
-        offset=offset,
-        notes=kept,
-    )
+        say(sharing_note(alone, train))
+    return _RunRows(alone, train, held_out, watched, mix, report)
 
 
 def _lineage(config: RunConfig, source: ModelSource, store: TokenStore) -> tuple[Part, ...]:
