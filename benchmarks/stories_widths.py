@@ -39,7 +39,7 @@ from tuoling.weights.gptq_options import QuantizeOptions
 
 SAID = "weights/stories260K/expected_greedy_200.txt"
 GGUF_TYPES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_k_m", "q3_k_m", "q2_k")
-BITS = (8, 4, 3)
+BITS = (8, 4)
 STORIES = 64
 UNPROVEN = ConvertOptions(outtype="f32", verify=False)
 

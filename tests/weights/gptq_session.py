@@ -151,6 +151,8 @@ def from_rows(place: Path, family: str, bits: str) -> dict[str, Any]:
     seen: list[tuple[int, int]] = []
     report = quantize(str(model), out, options, data=[str(rows)], step=lambda *counts: seen.append(counts))
     files = sorted(path.name for path in out.iterdir())
+    ours, close = parity.Weights(out, multiply_out=True), parity.Bound(perplexity=1.02, top1=0.8)
+    parity.gate(ours, out, lossless=False, bound=close, record=place / "own_reader.json", say=lambda _: None)
     return report.to_json() | compare(model, out) | {"last_step": seen[-1], "files": files}
 
 

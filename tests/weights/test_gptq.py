@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,17 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         quantize(str(tmp_path / "out"), tmp_path / "again", RTN)
 
 
+def test_three_bits_of_a_width_that_gptqmodel_cannot_pack(tmp_path: Path) -> None:
+    needs_gptqmodel()
+    model = tiny_model(tmp_path / "model", "llama", hidden=48)
+    rows = write_rows(tmp_path / "rows.jsonl", sum_rows(20))
+    options = QuantizeOptions(bits=3, group_size=16, rows=8, device="cpu", verify=False)
+    with pytest.raises(ModelError, match="has 48 inputs"):
+        quantize(str(model), tmp_path / "out", options, data=[str(rows)])
+    quantize(str(model), tmp_path / "out", replace(options, method="rtn"))
+    assert quantized_format(tmp_path / "out") is not None
+
+
 def test_missing_gptqmodel_is_said_with_the_lines_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +309,13 @@ def test_a_model_is_quantised_and_judged(family: str, bits: int, layers: int, tm
     assert named <= set(found["files"])
     record = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert record["calibration"]["rows"] == 24 and record["verified"]
+    proof = json.loads((tmp_path / "out" / "parity.json").read_text())
+    own = json.loads((tmp_path / "own_reader.json").read_text())
+    assert proof["verified"] and proof["passed"]
+    assert proof["perplexity_after"] == pytest.approx(own["perplexity_after"], rel=1e-6)
+    assert own["streamed"]["before"] == "streamed" != own["streamed"]["after"], "our reader, and gptqmodel"
+    assert own["perplexity_before"] == pytest.approx(own["perplexity_after"], rel=0.02)
+    assert own["max_logit_difference"] < 0.25 and proof["max_logit_difference"] > 0
     assert not list(tmp_path.glob(".*"))
     require_close({**found, "bits": bits})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def _quantize(
 ) -> QuantizeReport:
     plain = plain_folder(source, work.folder, allow_remote_code=options.allow_remote_code, say=say)
     layers = linear_names(plain, allow_remote_code=options.allow_remote_code)
+    _require_whole_words(layers, options)
     report = QuantizeReport(out, options, len(layers), 0, _size(plain))
     report.notes += _width_notes(layers, options)
     made = None if options.method == "rtn" else _run_gptqmodel(work, plain, layers, options, report, step)
@@ -142,6 +143,20 @@ def linear_names(folder: Path, *, allow_remote_code: bool = False) -> dict[str, 
     return {
         name: shape for name, shape in linear_shapes(model).items() if model.get_submodule(name) is not head
     }
+
+
+def _require_whole_words(layers: Mapping[str, tuple[int, int]], options: QuantizeOptions) -> None:
+    """gptqmodel packs 32 inputs at a time where a number lies across words, and ends at a width that is no multiple."""
+    wrong = [(name, inputs) for name, (_, inputs) in layers.items() if inputs % 32]
+    if options.bits == 3 and options.method == "gptq" and wrong:
+        name, inputs = wrong[0]
+        raise ModelError(
+            tr(
+                f"{len(wrong)} layers cannot be packed in 3 bits: {name} has {inputs} inputs, no multiple of 32",
+                f"有 {len(wrong)} 层无法按 3 位打包：{name} 的输入宽度 {inputs} 不是 32 的倍数",
+            ),
+            remedy="--bits 4 | --bits 2 | --bits 3 --method rtn",
+        )
 
 
 def _require_unquantised(source: ModelSource) -> None:
