@@ -74,7 +74,7 @@ class Stepper:
         self._attention.replace()
         try:
             self._examine(slots)
-            self.linears = PackedLinears(base)
+            self.linears = self._packed()
         except BaseException:
             self.close()
             raise
@@ -162,6 +162,21 @@ class Stepper:
         if "sliding_attention" in kinds and not any(self.cache.windows.values()):
             return tr("its layers do not tell their window", "它的层没有说明滑动窗口")
         return None
+
+    @torch.no_grad()
+    def _packed(self) -> PackedLinears:
+        """The linear layers laid out once, unless something reads their weights past their forward."""
+        ids = list(range(min(probe.SECOND, self.words)))
+        with probe.undisturbed(self.model, self._device):
+            before = self._own(ids)
+            packed = PackedLinears(self._base)
+            try:
+                same = not len(packed) or probe.apart(self._own(ids), before) <= probe.tolerance(before.dtype)
+            except (RuntimeError, IndexError):
+                same = False
+        if not same:
+            packed.undo()
+        return packed
 
     def _own(self, ids: list[int]) -> Tensor:
         """Logits behind the last of `ids`, from transformers alone."""
