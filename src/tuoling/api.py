@@ -101,7 +101,7 @@ class Model:
         return ChatSession(self.engine, self.settings(**settings), system=system)
 
     def predict(
-        self, rows: Iterable[Any], *, batch_size: int = 8, n: int = 1, **settings: Any
+        self, rows: Iterable[Any], *, batch_size: int = 16, n: int = 1, **settings: Any
     ) -> list[dict[str, Any]]:
         """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default.
 
@@ -118,7 +118,7 @@ class Model:
         data: Sequence[str],
         out: str | Path,
         *,
-        batch_size: int = 8,
+        batch_size: int = 16,
         n: int = 1,
         format: str | None = None,
         columns: Mapping[str, str] | None = None,
