@@ -124,3 +124,11 @@ def test_the_newest_and_the_best_are_kept(
         save(tmp_path, step, model, optimizer)
     prune_checkpoints(tmp_path, keep=keep, best=best)
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    for step in range(1, 8):
+        save(tmp_path, step, model, optimizer)
+        prune_checkpoints(tmp_path, keep=2, best="checkpoint-1", every=3)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (1, 3, 6, 7)]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tuoling
 from tuoling.cli.main import app
-from tuoling.errors import ConfigError, TrainingError
+from tuoling.errors import ConfigError, OutputError, TrainingError
 from tuoling.train.checkpoint import checkpoints
 
 
@@ -139,3 +139,24 @@ def test_a_checkpoint_that_is_not_there_or_is_damaged(stopped: Path) -> None:
     with pytest.raises(TrainingError, match=r"checkpoint-6 is damaged: rng\.safetensors is missing"):
         resume(stopped)
     assert any("from checkpoint-4" in line for line in resume(stopped, skip_damaged=True))
+
+
+def test_each_save_is_priced_and_what_is_missing_is_said(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def free(_: Path) -> int:
+        return 10_000 if (folder / "checkpoint-4").is_dir() else 2**40
+
+    model = Path(record(done)["base"]["path"])
+    keys = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "cosine"}
+    with monkeypatch.context() as patched:
+        patched.setattr("tuoling.environment.disk_free_bytes", free)
+        with pytest.raises(OutputError, match="MiB are missing") as told:
+            run(tmp_path, model, **keys, disk_reserve_mib=8)
+    assert told.value.remedy is not None and f"tuoling resume {folder}" in told.value.remedy
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert record(folder)["status"] == "failed" and "8 MiB are to stay free" in record(folder)["error"]
+    resume(folder, disk_reserve_mib=0)
+    assert column(folder, "loss") == column(done, "loss")
