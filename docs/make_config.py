@@ -136,6 +136,10 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "At most the first so many rows of each file or dataset.",
                 "每个文件或数据集最多取前多少条。",
             ),
+            "data_shares": (
+                "Shares of the rows that `tuoling study` trains on, one run each: `[0.25, 0.5, 1.0]`.",
+                "`tuoling study` 各训练一次所用的数据比例：`[0.25, 0.5, 1.0]`。",
+            ),
             "data_workers": (
                 "Processes that compile rows into tokens; by default one a core where there is enough to do. "
                 "The tokens do not depend on it.",

@@ -22,6 +22,7 @@ LORA = {
     "domain-bloom": (8, 16, 0.1, BLOOM_FOUR, 1e-4, 5, 512, 25),
     "alpaca-lora": (8, 16, 0.05, "q_proj v_proj", 3e-4, 128, 256, 3),
     "alpaca-lora-official": (16, 16, 0.05, "q_proj k_proj v_proj o_proj", 3e-4, 128, 512, 10),
+    "data_size_study": (16, 32, 0.05, "all", 2e-4, 16, 1024, 3),
     "tuoling": (16, 32, 0.05, "all", 2e-4, 16, 1024, 3),
 }
 # name: learning rate, rows of a step, epochs, schedule, warm-up share, weight decay

@@ -63,6 +63,7 @@ def _optimizer(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Share = Annotated[float, BeforeValidator(_percent)]
+Shares = Annotated[tuple[Annotated[Share, Field(gt=0, le=1)], ...], BeforeValidator(_words)]
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Files = Annotated[tuple[str, ...], BeforeValidator(_files)]
@@ -112,6 +113,8 @@ class RunConfig(BaseModel):
     """Name or path of what goes in (or model, adapter, data) → its licence, by the user's own word."""
     max_samples: Annotated[Whole, Field(gt=0)] | None = None
     """At most the first so many rows of each file or dataset."""
+    data_shares: Shares | None = None
+    """Parts of the rows that `tuoling study` trains on, one run each."""
     data_workers: Annotated[Whole, Field(gt=0)] | None = None
     """Processes that compile rows into tokens; None: one a core where there is enough to do. The result is the same."""
     max_seq_len: Annotated[Whole, Field(gt=1)] = 1024

@@ -82,6 +82,8 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers imports it whenever a model is saved, and it says on stdout that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(_errors_to_stderr)
+    # every model that is spread over memory and disk, which is told in our own words
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
     for noisy in ("torch.utils._pytree", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

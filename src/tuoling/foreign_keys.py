@@ -153,8 +153,10 @@ def refusal(key: str) -> str:
     """Why a key that would change the result is not obeyed."""
     if key in ("resume_from_checkpoint", "ignore_data_skip"):
         return tr(
-            "this version does not go on with a stopped run: training starts from the base model",
-            "当前版本不能接着中断的训练继续：总是从基座模型开始",
+            "a key does not go on with a stopped run, a command does: tuoling resume RUN; from another tool's checkpoint: "
+            "tuoling continue FOLDER --data ROWS --keep-schedule",
+            "继续中断的训练不用这个键，用命令：tuoling resume 运行目录；从其他工具的检查点继续："
+            "tuoling continue 目录 --data 数据 --keep-schedule",
         )
     if key in ("quantization_method", "llm_int8_threshold"):
         return tr(

@@ -163,6 +163,41 @@ def accuracy_plot(
         return _save(figure, Path(path))
 
 
+def score_plot(
+    curves: Mapping[tuple[str, str], Sequence[tuple[int, float]]],
+    path: Path | str,
+    *,
+    label: tuple[str, str],
+    strong: tuple[str, str] | None = None,
+) -> Path:
+    """Score against rows trained on, a line a class, as a PNG. Names and label are (Chinese, English).
+
+    Rows stand on a logarithmic axis where the largest run has 8 times the smallest or more; 0 rows (the base) has its
+    place at the left. strong: the line drawn thick.
+    """
+    with _style() as say:
+        figure, axes = _figure()
+        rows = sorted({count for points in curves.values() for count, _ in points})
+        few = [count for count in rows if count > 0]
+        wide = bool(few) and few[-1] >= 8 * few[0]
+        if wide:
+            axes.set_xscale("symlog", linthresh=few[0], linscale=0.5)
+        for number, (names, points) in enumerate(curves.items()):
+            name = _drawable(say(names[1], names[0]), f"class {number + 1}")
+            thick = names == strong
+            look = {"color": "#24292f", "linewidth": 2.6} if thick else {"linewidth": 1.5}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **look)
+        axes.set_xticks(rows, [f"{count:,}" for count in rows])
+        axes.minorticks_off()
+        axes.set_xlabel(say("rows trained on", "训练条数"))
+        axes.set_ylabel(say(label[1], label[0]))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        axes.set_title(
+            say("Score by class against rows", "各类得分随训练条数的变化"), loc="left", fontsize=12, pad=12
+        )
+        return _save(figure, Path(path))
+
+
 @functools.cache
 def cjk_font() -> str | None:
     """Path of a font of this machine that has Chinese, or None."""

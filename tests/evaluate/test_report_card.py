@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from tuoling.evaluate.labels import Note
 from tuoling.evaluate.outcome import Outcome, Side
 from tuoling.evaluate.report_card.charts import MOST_POINTS, Line, line_chart, nice_ticks, thinned
 from tuoling.evaluate.report_card.contents import choose_examples, command_of, read_report
+from tuoling.evaluate.report_card.model_card import write_model_card
 from tuoling.evaluate.report_card.page import page
 from tuoling.text.conversation import Conversation, Turn
 from tuoling.train.loop import train
@@ -166,6 +168,27 @@ def test_report_writes_the_card_beside_the_picture(run: Path) -> None:
     found = json.loads(result.stdout)
     assert Path(found["report"]) == run / "report.html"
     assert (run / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_model_card_holds_the_same_facts_and_keeps_what_a_user_wrote(run: Path) -> None:
+    card = run / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\n## 我的说明\n", encoding="utf-8")
+    report = read_report(run, price_per_hour=2.0)
+    assert write_model_card(report)
+    once = card.read_text(encoding="utf-8")
+    write_model_card(report)
+    text = card.read_text(encoding="utf-8")
+    assert (
+        text == once and "## 我的说明" in text and "## 局限 Limits" in text and "## 用途 Intended use" in text
+    )
+    assert "| 翻译 | 4 | 0.0 | 100.0 | +100.0 [100.0, 100.0] | 无法判断 cannot tell |" in text
+    assert "| **全部 all** | 8 | 12.5 | 87.5 |" in text and "- 两行异常 two rows odd" in text
+    assert "重复 duplicates 1" in text and command_of(report.record) in text
+    front = yaml.safe_load(text.split("---")[1])
+    (model,) = front["model-index"]
+    (result,) = model["results"]
+    assert result["metrics"][0]["value"] == 0.875 and result["dataset"]["name"] == "t.jsonl"
+    assert (front["pipeline_tag"], front["base_model_relation"]) == ("text-generation", "adapter")
 
 
 def test_charts_keep_the_ends_of_their_lines() -> None:

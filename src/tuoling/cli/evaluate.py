@@ -70,7 +70,7 @@ def command(
             help=tr("the model, then the suite's file or folder", "模型，然后是评测文件或目录"),
         ),
     ],
-    suite: Annotated[str, typer.Option("--suite", help=SUITES)] = "mine",
+    suite: Annotated[str | None, typer.Option("--suite", help=SUITES)] = None,
     judge: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -151,7 +151,7 @@ def command(
     from tuoling.infer.endpoint import Endpoint
 
     if compare:
-        _compare(words, suite, out, as_json=as_json)
+        _compare(words, suite or "", out, as_json=as_json)
         return
     model, file = _named(words)
     load = {
@@ -166,7 +166,7 @@ def command(
     }
     asked = Evaluation(
         model,
-        suite=suite,
+        suite=suite or "mine",
         file=file,
         judge=Endpoint(
             *judge,
@@ -179,6 +179,7 @@ def command(
         else None,
         judge_prompts=judge_prompts,
         alone=alone,
+        arena=arena,
         against=tuple(against or ()),
         general=general,
         class_column=class_column,
@@ -192,7 +193,7 @@ def command(
         settings={"max_new_tokens": max_new_tokens},
         out=out,
     )
-    raise typer.Exit(_evaluate(asked, arena=arena, as_json=as_json))
+    raise typer.Exit(_evaluate(asked, as_json=as_json))
 
 
 def _named(words: list[str]) -> tuple[str, str | None]:
@@ -208,7 +209,7 @@ def _named(words: list[str]) -> tuple[str, str | None]:
     return words[0], file
 
 
-def _evaluate(asked: Evaluation, *, arena: bool, as_json: bool) -> int:
+def _evaluate(asked: Evaluation, *, as_json: bool) -> int:
     """Evaluate with a progress bar and show the tables; the exit code."""
     from tuoling.evaluate.evaluation import evaluate
     from tuoling.infer.engine import GenerationSettings
@@ -222,12 +223,7 @@ def _evaluate(asked: Evaluation, *, arena: bool, as_json: bool) -> int:
                 tasks[what] = bar.add_task(what, total=total, detail="")
             bar.update(tasks[what], advance=done)
 
-        if arena:
-            from tuoling.evaluate.arena import hold_arena
-
-            result = hold_arena(asked, progress=step, say=console.note)
-        else:
-            result = evaluate(asked, progress=step, say=console.note)
+        result = evaluate(asked, progress=step, say=console.note)
     if as_json:
         print(json.dumps(result.scores(), ensure_ascii=False))  # noqa: T201
     else:

@@ -19,11 +19,11 @@ HELP = tr(
     """Write a run's report card: one HTML file that opens offline, in Chinese and English, and prints.
 
     What was trained on what, plan against fact, curves, scores by class beside the base, examples, data, licences.
-    Also draws the loss, of anybody's trainer_state.json too, and prints its figures.""",
+    The same facts go into its README.md, the model card. Also draws the loss, of anybody's trainer_state.json too, and prints its figures.""",
     """为一次训练写成绩单：一个离线可读、可打印的中英文 HTML 文件。
 
     内容：训练了什么、计划与实际、曲线、与基座对照的各类分数、示例、数据、许可。
-    同时画出损失曲线并列出数字；任何人的 trainer_state.json 也可以。""",
+    同样的内容也写入模型卡 README.md。同时画出损失曲线并列出数字；任何人的 trainer_state.json 也可以。""",
 )
 
 
@@ -82,11 +82,13 @@ def command(
 
 
 def _card(run: Path, price_per_hour: float | None, *, check_data: bool) -> Path:
-    """report.html in the run folder."""
+    """report.html in the run folder, and the same facts in its README.md."""
     from tuoling.evaluate.report_card.contents import read_report
+    from tuoling.evaluate.report_card.model_card import write_model_card
     from tuoling.evaluate.report_card.page import write_page
 
     report = read_report(run, price_per_hour=price_per_hour, check_data=check_data)
+    write_model_card(report)
     return write_page(report, run / "report.html")
 
 

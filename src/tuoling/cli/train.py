@@ -141,6 +141,13 @@ def command(
     from tuoling.api import train
 
     asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
+    if loaded.config.data_shares:
+        console.note(
+            tr(
+                "data_shares is for `tuoling study`: all rows are trained on",
+                "data_shares 只用于 tuoling study：这里训练全部数据",
+            )
+        )
     if supervise:
         from tuoling.train.run_folder import folder_of
         from tuoling.train.supervise import supervise as watch

@@ -61,10 +61,9 @@ def paths(device: str, dtype: str) -> list[Way]:
         found.append(Way(name, "train", keys, precision=dtype))
     if _there("bitsandbytes"):
         for bits, precision in ((8, "int8"), (4, "4-bit")):
-            low = "fp32" if device == "cpu" else dtype
-            low_bit: dict[str, Any] = {"device": device, "dtype": low, "quantization_bit": bits}
             name = tr(f"training on a base in {bits} bits", f"训练，{bits} 位基座")
-            found.append(Way(name, "train", low_bit, precision=precision))
+            low = {"device": device, "dtype": "fp32" if device == "cpu" else dtype, "quantization_bit": bits}
+            found.append(Way(name, "train", low, precision=precision))
     engines = ["ddp", "fsdp", *(["zero2"] if _there("deepspeed") else [])]
     for engine in engines:
         name = tr(f"two processes, {engine}", f"两个进程，{engine}")

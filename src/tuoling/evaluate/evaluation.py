@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from tuoling.errors import EndpointError, UsageError
 from tuoling.evaluate import leaks
+from tuoling.evaluate.answers import Log
+from tuoling.evaluate.arena import Arena, require_two
 from tuoling.evaluate.classes import BELLE_CLASSES
 from tuoling.evaluate.forgetting import forgetting
 from tuoling.evaluate.items import Items, read_items
 from tuoling.evaluate.judge import GENERAL_PROMPT, Judge, default_prompts, read_prompts
 from tuoling.evaluate.outcome import Outcome, read_scores
-from tuoling.evaluate.sides import Contender, contenders
+from tuoling.evaluate.sides import Contender, contenders, rival
 from tuoling.evaluate.suites import open_answers
 from tuoling.evaluate.suites.arithmetic import read_arithmetic, same_number
 from tuoling.files import require_writable
@@ -33,7 +35,7 @@ class Evaluation:
     """What is asked for. model: a run, a model folder or a hub id. file: the suite's file or folder.
 
     load: options of opening a model (template, base, dtype, …). settings: generation settings the user changes.
-    judge: where a judge answers. general: rows whose likelihood tells forgetting. out: else beside the run.
+    judge: where a judge answers. arena: it compares the sides, and those in `against`, in pairs. general: rows whose likelihood tells forgetting. out: else beside the run.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Evaluation:
     judge: Endpoint | None = None
     judge_prompts: Path | None = None
     alone: bool = False
+    arena: bool = False
     against: tuple[str, ...] = ()
     general: str | None = None
     class_column: str | None = None
@@ -63,7 +66,7 @@ class Evaluation:
         place = Path(self.model).expanduser()
         above = place if (place / "run.json").is_file() else None
         root = above / "evaluation" if above else Path("evaluation") / place.name
-        kind = self.suite.replace(":", "-")
+        kind = "arena" if self.arena else self.suite.replace(":", "-")
         return root / (f"{kind}-{Path(self.file).stem}" if self.file else kind)
 
 
@@ -91,6 +94,9 @@ def evaluate(
     sides, why = contenders(asked.model, alone=asked.alone, options=asked.load)
     if why:
         say(tr(f"no base beside it: {why}", f"没有基座对照：{why}"))
+    sides += [rival(other, asked.load) for other in asked.against]
+    if asked.arena:
+        require_two(sides, asked.model)
     require_writable(asked.folder)
     result = Result()
     if asked.suite == "choice":
@@ -130,6 +136,13 @@ def _check(asked: Evaluation) -> None:
         raise UsageError(
             tr(f"the suite {asked.suite} needs a file", f"{asked.suite} 评测需要一个文件"), remedy=hint
         )
+    if asked.arena and asked.judge is None:
+        raise UsageError(
+            tr("an arena needs a judge", "两两比较需要裁判"),
+            remedy=f"tuoling evaluate {asked.model} {asked.file} --arena --judge URL MODEL",
+        )
+    if asked.against and not asked.arena:
+        raise UsageError(tr("--against is for --arena", "--against 只用于 --arena"), remedy="--arena")
     if asked.judge is not None:
         asked.judge.key()  # a missing key is said now
         if asked.suite not in ("mine", "belle"):
@@ -178,22 +191,34 @@ def _open_answers(
     from tuoling.infer.client import Client
 
     items = read_suite(asked)
-    plan = open_answers.Plan(asked.suite, str(asked.file), items, sides, asked.folder)
+    plan = open_answers.Plan(
+        "arena" if asked.arena else asked.suite, str(asked.file), items, sides, asked.folder
+    )
     plan.settings, plan.batch_size, plan.progress, plan.say = asked.settings, asked.batch_size, progress, say
     if asked.suite == "math":
         plan.metrics = {"accuracy": same_number}
     client = Client(asked.judge) if asked.judge is not None else None
     try:
-        plan.judge = judge_of(asked, client, say) if client is not None else None
+        if client is not None and asked.arena:
+            plan.arena = _arena(asked, client, progress)
+        elif client is not None:
+            plan.judge = judge_of(asked, client, say)
         outcome, failed = open_answers.run(plan)
     finally:
         if client is not None:
             client.close()
+        if plan.arena is not None:
+            plan.arena.log.close()
     _leak_check(asked, outcome, say)
     outcome.write(asked.folder)
     for note in outcome.notes:
         say(str(note))
     return failed
+
+
+def _arena(asked: Evaluation, client: Client, progress: open_answers.Progress) -> Arena:
+    log = Log(asked.folder / open_answers.JUDGEMENTS)
+    return Arena(client, log, lambda done, total: progress(tr("judge", "裁判"), done, total))
 
 
 def _leak_check(asked: Evaluation, outcome: Outcome, say: Callable[[str], None]) -> None:

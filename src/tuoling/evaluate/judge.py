@@ -10,20 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuoling.errors import DataError, EndpointError
+from tuoling.errors import DataError
 from tuoling.evaluate.answers import Answer, Log
 from tuoling.evaluate.classes import WITHOUT_REFERENCE, normal_class
+from tuoling.evaluate.interview import Interview, Question
 from tuoling.evaluate.items import Item
 from tuoling.evaluate.labels import Note
 from tuoling.evaluate.outcome import Side
 from tuoling.files import sha256_text
 from tuoling.infer.client import Client
 
-MAX_TOKENS = 3000
-"""BELLE's; reasons may be long, and a cut one has no score."""
-
 ASK_AGAIN = "请只输出一行分数，格式为“得分:0.5”，分数在0到1之间。"
-TRIES = 3
 REPEATED_SHARE = 0.05
 REPEATED_RANGE = (20, 100)
 CLOSE = 0.1
@@ -117,13 +114,11 @@ class Judge:
         general: str | None = None,
         seed: int = 42,
     ) -> None:
-        self.client = client
         self.prompts = prompts or default_prompts()
         self.general = general
         self.seed = seed
-        self.asked = self.reused = self.empty = self.without_prompt = 0
-        self.unreadable: list[str] = []
-        self.refused: list[str] = []
+        self.interview = Interview(client, parse_score, ASK_AGAIN)
+        self.empty = self.without_prompt = 0
         self.repeats: list[tuple[float, float]] = []
 
     def score_side(
@@ -166,60 +161,12 @@ class Judge:
     def _scores(
         self, items: Sequence[Item], answers: Sequence[Answer], places: Iterable[int], log: Log, repeat: int
     ) -> Iterator[tuple[int, float | None]]:
-        """(place, score) as they come; those that cannot be read are asked again in plainer words."""
-        waiting = [(place, self._messages(items[place], answers[place])) for place in places]
-        for attempt in range(TRIES):
-            unread = []
-            for place, messages, said in self._replies(items, waiting, log, repeat, attempt):
-                score = parse_score(said)
-                if score is not None:
-                    yield place, score
-                else:
-                    again = {"role": "user", "content": ASK_AGAIN}
-                    unread.append((place, [*messages, {"role": "assistant", "content": said or "…"}, again]))
-            waiting = unread
-        for place, _ in waiting:
-            self.unreadable.append(items[place].place)
-            yield place, None
-
-    def _messages(self, item: Item, answer: Answer) -> list[dict[str, str]]:
-        return [{"role": "user", "content": judge_message(item, answer.text, self._prompt(item) or "")}]
-
-    def _replies(
-        self,
-        items: Sequence[Item],
-        waiting: Sequence[tuple[int, list[dict[str, str]]]],
-        log: Log,
-        repeat: int,
-        attempt: int,
-    ) -> Iterator[tuple[int, list[dict[str, str]], str]]:
-        """What the judge says, from the log where it has said it before."""
-        keys = [
-            sha256_text(
-                json.dumps(
-                    [self.client.endpoint.base_url, self.client.endpoint.model, messages, repeat, attempt]
-                )
-            )
-            for _, messages in waiting
-        ]
-        new = []
-        for key, (place, messages) in zip(keys, waiting, strict=True):
-            if key in log.rows:
-                self.reused += 1
-                yield place, messages, log.rows[key]["text"]
-            else:
-                new.append((key, place, messages))
-        requests = ((messages, {"temperature": 0.0, "max_tokens": MAX_TOKENS}) for _, _, messages in new)
-        for index, found in self.client.map(requests):
-            key, place, messages = new[index]
-            if isinstance(found, EndpointError):
-                self.refused.append(f"{items[place].place}: {found.problem}")
-                continue
-            self.asked += 1
-            log.add(
-                key, {"place": items[place].place, "text": found.text, "repeat": repeat, "attempt": attempt}
-            )
-            yield place, messages, found.text
+        """(place, score) as they come."""
+        questions = []
+        for place in places:
+            text = judge_message(items[place], answers[place].text, self._prompt(items[place]) or "")
+            questions.append(Question(place, items[place].place, [{"role": "user", "content": text}], repeat))
+        return self.interview.answers(questions, log)
 
     def agreement(self) -> dict[str, float] | None:
         """How far two scores of the same answer lie apart; None where none were asked for twice."""
@@ -233,15 +180,9 @@ class Judge:
         }
 
     def facts(self) -> dict[str, Any]:
-        """For scores.json: no key, no address parameters."""
-        endpoint = self.client.endpoint
+        """For scores.json."""
         return {
-            "endpoint": endpoint.base_url,
-            "model": endpoint.model,
-            "asked": self.asked,
-            "reused": self.reused,
-            "unreadable": len(self.unreadable),
-            "refused": len(self.refused),
+            **self.interview.facts(),
             "empty_answers": self.empty,
             "without_prompt": self.without_prompt,
             "agreement": self.agreement(),
@@ -250,23 +191,7 @@ class Judge:
 
     def notes(self) -> list[Note]:
         """What a reader of the scores must know."""
-        said: list[Note] = []
-        if self.unreadable:
-            count, first = len(self.unreadable), self.unreadable[0]
-            said.append(
-                Note(
-                    f"{count} of the judge's answers hold no score from 0 to 1 after {TRIES} tries (the first: {first}): "
-                    "left out",
-                    f"裁判有 {count} 个回答问了 {TRIES} 次仍没有 0 到 1 的得分（第一处：{first}），不计入",
-                )
-            )
-        if self.refused:
-            said.append(
-                Note(
-                    f"{len(self.refused)} questions to the judge failed, the first: {self.refused[0]}",
-                    f"{len(self.refused)} 次裁判请求失败，第一处：{self.refused[0]}",
-                )
-            )
+        said = self.interview.notes(Note("score from 0 to 1", "0 到 1 的得分"))
         if self.empty:
             said.append(
                 Note(

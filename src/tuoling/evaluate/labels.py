@@ -31,7 +31,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
         "每 token 对数似然（nat，越高越好）",
         "log-likelihood a token (nats, higher is better)",
     ),
-    "wins": ("净胜率", "wins less losses"),
+    "wins": ("胜率（平局算半）", "share of wins (a tie is half)"),
     "acc": ("正确率", "accuracy"),
     "acc_norm": ("正确率（按选项长度）", "accuracy by length"),
 }

@@ -52,9 +52,23 @@ def contenders(path: str, *, alone: bool, options: Mapping[str, Any]) -> tuple[l
     if not Path(base).exists():
         return one, tr(f"its base is not here any more: {base}", f"它的基座已不在：{base}")
     template = options.get("template") or (source.template if source.template in TEMPLATES else None)
+    return [
+        Contender("base", base, {**_of_all(options), "template": template}),
+        Contender("tuned", path, options),
+    ], None
+
+
+def rival(path: str, options: Mapping[str, Any]) -> Contender:
+    """Another model, in its own template; called by its folder, or by the one above where many are called so."""
+    place = Path(path.rstrip("/"))
+    name = place.parent.name if place.name in ("run", "out") and place.parent.name else place.name
+    return Contender(name, path, _of_all(options))
+
+
+def _of_all(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are about the machine, not about one model."""
     shared = ("dtype", "device", "allow_remote_code", "quantization_bit")
-    plain = {name: value for name, value in options.items() if name in shared}
-    return [Contender("base", base, {**plain, "template": template}), Contender("tuned", path, options)], None
+    return {name: value for name, value in options.items() if name in shared}
 
 
 def _trained_from(run: Mapping[str, Any] | None) -> str | None:

@@ -35,6 +35,8 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
         ("训练损失 training loss", f"{results['train_loss_first']:.4f} → {results['train_loss_last']:.4f}"),
         ("验证损失 held-out loss", f"{eval_loss:.4f}" if eval_loss is not None else "–"),
         ("随机种子 seed", f"{config.seed}"),
+        ("用时 time", f"{results['seconds']:,.0f} s, {results['tokens_per_s'] or 0:,.0f} token/s"),
+        ("内存峰值 peak memory", _peak(results)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return f"""{_front_matter(setup, one_licence(lineage))}
@@ -55,6 +57,12 @@ tuoling predict RUN --data test.json --out predictions.json
 
 把 RUN 换成本目录；基座、模板、停止符都从这里读取。
 RUN is this folder; base, template and stop sequences are read from it.
+
+## 用途 Intended use
+
+按训练数据那样的提问方式作答；其他用途请先用自己的题目评测（`tuoling evaluate RUN rows.json`，`tuoling report RUN`）。
+Answers questions of the kind it was trained on; for anything else evaluate it first on rows of your own
+(`tuoling evaluate RUN rows.json`, `tuoling report RUN`).
 
 ## 局限 Limits
 
@@ -80,16 +88,23 @@ def _method(config: Any) -> str:
     )
 
 
+def _peak(results: dict[str, Any]) -> str:
+    cuda = results.get("peak_cuda_gib")
+    return f"{cuda:.2f} GiB (cuda)" if cuda else f"{results.get('peak_rss_gib') or 0:.2f} GiB"
+
+
 def _precision(setup: Setup) -> str:
     quantization = quantization_of(setup.config)
     return f"{setup.dtype}, 量化基座 quantised base {quantization}" if quantization else setup.dtype
 
 
 def _front_matter(setup: Setup, licence: str | None) -> str:
-    lines = ["---", "language:", "- zh", "tags:", "- tuoling"]
+    lines = ["---", "language:", "- zh", "pipeline_tag: text-generation", "tags:", "- tuoling"]
     if setup.config.finetuning_type == "lora":
         lines += ["library_name: peft", f"base_model: {setup.config.model_name_or_path}"]
+        lines += ["base_model_relation: adapter"]
     else:
-        lines += ["library_name: transformers"]
+        lines += ["library_name: transformers", f"base_model: {setup.config.model_name_or_path}"]
+        lines += ["base_model_relation: finetune"]
     lines += [f"license: {licence}"] if licence else []
     return "\n".join([*lines, "---"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuoling.errors import DataError, EndpointError, MissingPackage
 from tuoling.evaluate.answers import Answer, Log, answer_items, empty_words
+from tuoling.evaluate.arena import Arena
 from tuoling.evaluate.classes import BELLE_CLASSES, nearest_class
 from tuoling.evaluate.items import Items
 from tuoling.evaluate.judge import Judge
@@ -34,6 +35,7 @@ class Plan:
     """How a suite is run. folder: where logs and results lie. settings: generation settings the user changed.
 
     metrics: name → (answer, reference) → 0 to 1. judge: asked for a score of every answer, None for offline metrics.
+    arena: compares the sides in pairs instead.
     """
 
     suite: str
@@ -46,6 +48,7 @@ class Plan:
     metrics: Metrics = field(default_factory=lambda: REFERENCED)
     headline: str | None = None
     judge: Judge | None = None
+    arena: Arena | None = None
     progress: Progress = lambda what, done, total: None
     say: Callable[[str], None] = lambda text: None
 
@@ -58,7 +61,7 @@ def run(plan: Plan) -> tuple[Outcome, EndpointError | None]:
     """
     items = plan.items.items
     answered = sum(bool(item.target) for item in items)
-    if not answered and plan.judge is None:
+    if not answered and plan.judge is None and plan.arena is None:
         raise DataError(
             tr(f"none of {len(items)} rows has an answer to compare with", f"{len(items)} 行都没有参考答案"),
             where=plan.file,
@@ -74,6 +77,9 @@ def run(plan: Plan) -> tuple[Outcome, EndpointError | None]:
     failed: EndpointError | None = None
     if plan.judge is not None:
         failed = _judge(plan, plan.judge, outcome)
+    if plan.arena is not None:
+        plan.arena.hold(outcome)
+        failed = plan.arena.failed
     return outcome, failed
 
 
