@@ -199,7 +199,7 @@ def test_a_machine_that_is_gone_is_not_an_error_of_this_one() -> None:
 def test_two_machines_of_a_hostfile_train_as_one(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", sum_rows(16))
-    keys = {"max_steps": 4, "batch_size": 4, "timeout_s": 120}
+    keys = {"max_steps": 4, "batch_size": 4, "per_device_train_batch_size": 2, "timeout_s": 120}
     curves = []
     for name in ("alone", "together"):
         settings = settings_without_chance(tmp_path / name, model, data, keys)

@@ -39,7 +39,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
 
 
 def write_config(folder: Path, name: str) -> Path:
-    keys = {"max_steps": 4, "batch_size": 4, "timeout_s": 300}
+    keys = {"max_steps": 4, "batch_size": 4, "per_device_train_batch_size": 2, "timeout_s": 300}
     settings = settings_without_chance(folder / name, folder / "model", folder / "rows.jsonl", keys)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(settings))
