@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -17,6 +18,10 @@ WHY: Mapping[str, tuple[str, str, str]] = {
     "random": ("随机", "by chance", "cannot"),
 }
 """Why an example is shown, and its colour."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""What an untrained model may say and HTML may not hold."""
 
 
 def suite_section(suite: Suite) -> str:
@@ -206,4 +211,5 @@ def _example(one: Example, suite: Suite) -> str:
 
 
 def _short(text: str, most: int = 600) -> str:
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= most else text[:most] + f" … (+{len(text) - most})"
