@@ -83,7 +83,8 @@ def _bars(scores: Mapping[str, Any], metric: str, sides: Sequence[str]) -> str:
 
 
 def _head(sides: Sequence[str]) -> list[str]:
-    more = [both("差值（95% 区间）", "difference (95 %)"), ""] if len(sides) == 2 else []
+    level = f"<span class=interval>{both('（95% 区间）', ' (95 %)')}</span>"
+    more = [both("差值", "difference") + level, ""] if len(sides) == 2 else []
     return [*(in_both(SIDES, side) for side in sides), *more]
 
 
