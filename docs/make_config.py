@@ -104,6 +104,20 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "Never hold out more than this share, whatever `val_size` says.",
                 "无论 `val_size` 是多少，留出的都不超过这个比例。",
             ),
+            "mix": (
+                "Files, folders or datasets and their weights: `{domain.json: 0.7, general.json: 0.3}`, on the command "
+                "line `mix=domain.json=70%,general.json=30%`. By these shares of rows they are seen, whatever their "
+                "sizes; an epoch ends where the first one would repeat a row. Stands for `data` too.",
+                "数据文件、目录或数据集及其权重：`{domain.json: 0.7, general.json: 0.3}`，命令行写 "
+                "`mix=domain.json=70%,general.json=30%`。不论各自大小，都按此行数比例出现；任一来源用完一遍即为一轮。"
+                "写了它就不必再写 `data`。",
+            ),
+            "watch_data": (
+                "Rows that are not trained: their loss is measured before the first step and after the last "
+                "(all_results.json: watch_loss_before, watch_loss_after). What the model could do and may forget.",
+                "不参与训练的数据：训练前后各测一次损失（all_results.json 中的 watch_loss_before、watch_loss_after），"
+                "用来看模型原有的能力忘了多少。",
+            ),
             "data_format": (
                 "Read every row as this format instead of by content.",
                 "按此格式读取所有数据，而不按内容判断。",
@@ -285,6 +299,10 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
             "logging_steps": (
                 "Steps between points of trainer_state.json; metrics.jsonl has every step.",
                 "trainer_state.json 中每多少步一个点；metrics.jsonl 每步都有。",
+            ),
+            "early_stopping_patience": (
+                "End the run after so many evaluations in a row without a new lowest validation loss.",
+                "连续这么多次评估的验证损失都没有创新低时，结束训练。",
             ),
             "load_best_model_at_end": (
                 "Keep the weights of the lowest validation loss instead of the last.",
@@ -506,10 +524,12 @@ def _of_other_tools() -> list[str]:
             ]
         ),
         tr(
-            "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: only `concat`. "
+            "`optim`, `optimizer`: any spelling of AdamW is read, others are refused. `mix_strategy`: `concat`, and "
+            "`interleave_under` with its `interleave_probs` as `mix`. "
             "`quantization_method`, `quant_method`: only bnb. `llm_int8_threshold`: only 6.0. "
             "`trust_remote_code`: noted, not obeyed.",
-            "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：只接受 `concat`。"
+            "`optim`、`optimizer`：AdamW 的各种写法都接受，其他报错。`mix_strategy`：接受 `concat`；"
+            "`interleave_under` 连同 `interleave_probs` 按 `mix` 处理。"
             "`quantization_method`、`quant_method`：只接受 bnb。`llm_int8_threshold`：只接受 6.0。"
             "`trust_remote_code`：读到但不执行。",
         ),

@@ -195,7 +195,7 @@ def test_other_defaults_than_ours_are_taken_over(tmp_path: Path) -> None:
         (("lora_rank: 8", "lora_rank: 8\npissa_init: true"), "pissa_init=True: not supported"),
         (("lora_rank: 8", "lora_rank: 8\nloraplus_lr_ratio: 16.0"), "loraplus_lr_ratio=16.0: not supported"),
         (("lora_rank: 8", "lora_rank: 8\ndataset_dir: REMOTE:x/y"), "dataset_dir=REMOTE:x/y"),
-        (("lora_rank: 8", "lora_rank: 8\nmix_strategy: interleave_under"), "mix_strategy=interleave_under"),
+        (("lora_rank: 8", "lora_rank: 8\nmix_strategy: interleave_over"), "mix_strategy=interleave_over"),
         (
             ("resume_from_checkpoint: null", "resume_from_checkpoint: true"),
             "does not go on with a stopped run",
@@ -209,6 +209,16 @@ def test_what_would_change_the_result_is_an_error(tmp_path: Path, change: tuple[
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, LORA_SFT.replace(*change))
     assert says in str(caught.value)
+
+
+def test_datasets_that_are_interleaved(tmp_path: Path) -> None:
+    mixed = LORA_SFT + "mix_strategy: interleave_under\n"
+    loaded = load(tmp_path, mixed + "interleave_probs: 0.7,0.3\n")
+    assert loaded.config.mix == {"identity": 0.7, "alpaca_en_demo": 0.3}
+    assert said(loaded, "interleave_under: mix")
+    assert load(tmp_path, mixed).config.mix == {"identity": 1.0, "alpaca_en_demo": 1.0}
+    with pytest.raises(ConfigError, match="3 numbers for 2 datasets"):
+        load(tmp_path, mixed + "interleave_probs: 0.5,0.3,0.2\n")
 
 
 @pytest.mark.parametrize(

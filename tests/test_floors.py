@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ HEAVY = {
     "matplotlib",
     "tokenizers",
     "bitsandbytes",
+    "fastapi",
+    "gradio",
+    "uvicorn",
+    "llama_cpp",
+    "deepspeed",
+    "sacrebleu",
+    "jieba",
+    "lm_eval",
 }
 LIGHT_ROOMS = {"cli", "text", "data", "demo", "api", "__main__", ""}
 TORCH_AT_THE_TOP = {"data/pack.py"}
@@ -79,7 +88,13 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports(file: Path) -> Iterator[Import]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(file: Path) -> list[Import]:
     """Every import of a file, those inside functions included; `if TYPE_CHECKING` counts as not at the top."""
 
     def walk(node: ast.AST, top: bool) -> Iterator[Import]:
@@ -96,7 +111,7 @@ def imports(file: Path) -> Iterator[Import]:
             ) or is_type_checking(child)
             yield from walk(child, top and not inside)
 
-    yield from walk(ast.parse(file.read_text(encoding="utf-8")), True)
+    return list(walk(tree_of(file), True))
 
 
 def ours(module: str) -> tuple[str, ...] | None:
@@ -157,7 +172,7 @@ def test_only_one_file_reads_the_environment() -> None:
     for file in FILES:
         if file.name == "environment.py" and file.parent == SOURCE:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv"):
                 wrong.append(f"{file.relative_to(SOURCE)}:{node.lineno}")
     assert not wrong, "\n".join(wrong)
@@ -170,7 +185,7 @@ def test_names_say_something() -> None:
 def test_files_have_a_docstring_and_postponed_annotations() -> None:
     wrong = []
     for file in FILES:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = tree_of(file)
         if tree.body and ast.get_docstring(tree) is None:
             wrong.append(f"{file.relative_to(SOURCE)}: no docstring")
         has_functions = any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.walk(tree))

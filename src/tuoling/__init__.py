@@ -1,6 +1,7 @@
 """Tuoling 驼铃: make a Chinese-capable language model your own.
 
-`tuoling.load` and `tuoling.train` are the Python interface (see `tuoling.api`); importing the package is light.
+`tuoling.load`, `tuoling.train` and `tuoling.resume` are the Python interface (see `tuoling.api`); importing the package
+is light.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuoling.api import Model, load, train
+    from tuoling.api import Model, load, resume, train
 
-__all__ = ["Model", "load", "train"]
+__all__ = ["Model", "load", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Settings are keyword arguments with transformers' names:
     import tuoling
 
     run = tuoling.train(model_name_or_path="MODEL", data="rows.json")
+    run = tuoling.resume("RUN")                       # after a kill, exactly where it was
     model = tuoling.load("RUN")                       # a run, an adapter, a model folder, a hub id
     model.chat("你好", temperature=0.7)                # one question, or a list of messages
     model.generate("从前有座山，")                      # plain continuation, no template
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from tuoling.errors import DataError
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Role, Turn
-from tuoling.train.entry import train
+from tuoling.train.entry import resume, train
 
 if TYPE_CHECKING:
     from tuoling.infer.engine import Engine, GenerationSettings, Reply
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tuoling.infer.predict import PredictReport
     from tuoling.infer.session import ChatSession
 
-__all__ = ["Model", "load", "train"]
+__all__ = ["Model", "load", "resume", "train"]
 
 Messages = str | Sequence[Mapping[str, str]] | Conversation
 
@@ -100,7 +101,7 @@ class Model:
         return ChatSession(self.engine, self.settings(**settings), system=system)
 
     def predict(
-        self, rows: Iterable[Any], *, batch_size: int = 8, n: int = 1, **settings: Any
+        self, rows: Iterable[Any], *, batch_size: int = 16, n: int = 1, **settings: Any
     ) -> list[dict[str, Any]]:
         """`input`, `predict` and `target` for rows of any row format, texts, or conversations; greedy by default.
 
@@ -117,7 +118,7 @@ class Model:
         data: Sequence[str],
         out: str | Path,
         *,
-        batch_size: int = 8,
+        batch_size: int = 16,
         n: int = 1,
         format: str | None = None,
         columns: Mapping[str, str] | None = None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from tuoling.config_mix import data_of, mix_issues, read_mix, stopping_issues
 from tuoling.errors import ConfigError
 from tuoling.language import tr
 
@@ -100,6 +101,10 @@ class RunConfig(BaseModel):
     eval_dataset: Words = ()
     val_size: Annotated[Share, Field(ge=0)] = 0.0
     """Held-out rows: below 1 a share, from 1 on a count."""
+    mix: Annotated[dict[str, Number], BeforeValidator(read_mix)] | None = None
+    """Source → weight: by what shares the rows of each file, folder or dataset are seen."""
+    watch_data: Files = ()
+    """Rows whose loss is measured before the first step and after the last, and that are not trained."""
     val_max_share: Annotated[Share, Field(gt=0, lt=1)] | None = None
     """Never hold out more than this share, whatever `val_size` says."""
     data_format: str | None = None
@@ -172,6 +177,8 @@ class RunConfig(BaseModel):
     """Stays free on the run's disk: a save that would reach into it stops the run instead."""
     logging_steps: Annotated[Whole, Field(gt=0)] = 10
     load_best_model_at_end: bool = False
+    early_stopping_patience: Annotated[Whole, Field(gt=0)] | None = None
+    """The run ends after so many evaluations in a row without a new lowest held-out loss."""
 
     # machine
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_dtype)] = "auto"
@@ -211,7 +218,7 @@ class RunConfig(BaseModel):
         """Values that follow from other values, put in before anything is frozen."""
         if not isinstance(values, dict):
             return values
-        values = dict(values)
+        values = {**values, **data_of(values)}
         kind = values.get("finetuning_type", "lora")
         values.setdefault(
             "learning_rate", LEARNING_RATES.get(kind if isinstance(kind, str) else "lora", 2e-4)
@@ -357,6 +364,8 @@ def cross_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | No
             ),
         )
     yield from _parallel_issues(values)
+    yield from mix_issues(values)
+    yield from stopping_issues(values)
     if values.get("dataset") and values.get("data"):
         yield (
             "dataset",

@@ -65,6 +65,8 @@ def settle(values: Mapping[str, Any], places: Mapping[str, str]) -> Settled:
     done = Settled()
     renamed: list[str] = []
     answered: dict[str, list[str]] = {}
+    if values.get("mix_strategy") == "interleave_under":
+        values = _interleaved(values, places, done)
     for key in sorted(values, key=lambda key: key.endswith("_strategy")):  # a strategy decides over its steps
         value, where = values[key], places[key]
         if _convert(key, value, where, done):
@@ -90,6 +92,35 @@ def settle(values: Mapping[str, Any], places: Mapping[str, str]) -> Settled:
         )
     done.notes += [f"{', '.join(keys)}: {answer}" for answer, keys in answered.items()]
     return done
+
+
+def _interleaved(values: Mapping[str, Any], places: Mapping[str, str], done: Settled) -> dict[str, Any]:
+    """LLaMA-Factory's interleave_under and its interleave_probs (equal ones without them) as our `mix`."""
+    values, where = dict(values), places["mix_strategy"]
+    names = words(values.get("dataset") or values.get("data") or ())
+    probabilities = words(values.pop("interleave_probs", None) or ("1",) * len(names))
+    if len(names) != len(probabilities):
+        problem = tr(
+            f"interleave_probs: {len(probabilities)} numbers for {len(names)} datasets",
+            f"interleave_probs：{len(names)} 个数据集，却有 {len(probabilities)} 个数",
+        )
+        done.issues.append(Issue(problem, places.get("interleave_probs", where)))
+        return values
+    done.put("mix", dict(zip(names, probabilities, strict=True)), where)
+    done.notes.append(
+        tr(
+            "interleave_under: mix, by exact shares instead of drawn ones; as there, an epoch ends with the first source "
+            "that is through",
+            "interleave_under：按 mix 处理，比例精确而不是随机抽取；与原来一样，任一数据源用完即为一轮",
+        )
+    )
+    return values
+
+
+def words(value: Any) -> list[str]:
+    """A list, or one text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
@@ -119,7 +150,7 @@ def _convert(key: str, value: Any, where: str, done: Settled) -> bool:
         if value:
             done.put("report_to", ["swanlab"], where)
     elif key == "mix_strategy":
-        if value != "concat":
+        if value not in ("concat", "interleave_under"):
             done.issues.append(Issue(f"{key}={value}: {foreign_keys.refusal(key)}", where, f"{key}=null"))
     elif key == "lr_scheduler_type" and value == "constant_with_warmup":
         done.put(key, "constant", where)

@@ -82,6 +82,8 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # transformers imports it whenever a model is saved, and it says on stdout that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(_errors_to_stderr)
+    # every model that is spread over memory and disk, which is told in our own words
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     # gptqmodel brings torchao, which registers enums in the old way and says which of its CUDA parts it lacks
     for noisy in ("torch.utils._pytree", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -384,6 +386,43 @@ def first_host(nodes: str) -> str:
 def meeting_point() -> str:
     """Where the processes of a run find each other."""
     return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+
+
+_CARRIED = ("TUOLING_LANG", "TUOLING_CACHE", "PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+_CARRIED_PREFIXES = ("NCCL_", "GLOO_")
+
+
+def for_other_machines() -> dict[str, str]:
+    """What the processes of a run on other machines are to find in their environment too. No secrets."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _CARRIED or name.startswith(_CARRIED_PREFIXES)
+    }
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface whose address other machines see when they and this one meet at `host`; None if unknown.
+
+    gloo looks this machine's own name up otherwise, which on many machines is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    import socket
+
+    import psutil
+
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            return name
+    return None
 
 
 def variables(**more: str) -> dict[str, str]:

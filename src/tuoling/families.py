@@ -7,7 +7,11 @@ what cannot be read from the model's own files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from tuoling.errors import ModelError
+from tuoling.language import tr
 
 Quirk = Literal["alibi", "prefix_attention", "own_code", "not_causal"]
 """alibi: positions are an attention bias, position_ids are ignored by transformers' own class.
@@ -102,3 +106,18 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 def family_of(model_type: str | None) -> Family:
     """The row for config.json's `model_type`; `OTHER` where there is none."""
     return _BY_TYPE.get(model_type or "", OTHER)
+
+
+def own_code_refused(folder: Path) -> ModelError:
+    """For a folder whose model only its own Python code can build."""
+    return ModelError(
+        tr(
+            "it brings its own Python code, which is not run unless you say so",
+            "该目录自带 Python 代码，未经允许不会运行",
+        ),
+        where=str(folder),
+        remedy=tr(
+            "read the code, then allow it: --allow-remote-code (allow_remote_code=true)",
+            "先读代码，再允许：--allow-remote-code（allow_remote_code=true）",
+        ),
+    )

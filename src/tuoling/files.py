@@ -293,6 +293,22 @@ def cut_torn_line(path: Path) -> None:
         file.truncate(size)
 
 
+def lock_file(file: IO[Any]) -> bool:
+    """Hold an open file for this process until it is closed; False where another process holds it.
+
+    Where the system has no such locks (Windows, some network disks) it is taken as free.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
 def append_jsonl(file: IO[str], value: Any) -> None:
     """Append one row and flush it, so that a reader beside us sees whole rows."""
     file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")

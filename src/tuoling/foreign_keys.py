@@ -63,6 +63,7 @@ ALIASES = {
     "out": "output_dir",
     "ddp_timeout": "timeout_s",
     "full_determinism": "deterministic",
+    "early_stopping_steps": "early_stopping_patience",
 }
 """Other names → ours."""
 
@@ -106,7 +107,7 @@ REFUSED = _names(
     additional_target modules_to_save create_new_adapter use_galore use_apollo use_badam use_adam_mini
     use_llama_pro neftune_noise_alpha resize_vocab add_tokens add_special_tokens
     new_special_tokens_config rope_scaling shift_attn mixture_of_depths moe_aux_loss_coef train_from_scratch
-    interleave_probs default_system disable_shuffling early_stopping_steps use_dft_loss use_asft_loss use_eaft_loss
+    interleave_probs default_system disable_shuffling use_dft_loss use_asft_loss use_eaft_loss
     fp8 enable_fp8_training lr_scheduler_kwargs optim_args push_to_hub split_special_tokens use_mca
     resume_from_checkpoint ignore_data_skip"""
 )
@@ -152,8 +153,10 @@ def refusal(key: str) -> str:
     """Why a key that would change the result is not obeyed."""
     if key in ("resume_from_checkpoint", "ignore_data_skip"):
         return tr(
-            "this version does not go on with a stopped run: training starts from the base model",
-            "当前版本不能接着中断的训练继续：总是从基座模型开始",
+            "a key does not go on with a stopped run, a command does: tuoling resume RUN; from another tool's checkpoint: "
+            "tuoling continue FOLDER --data ROWS --keep-schedule",
+            "继续中断的训练不用这个键，用命令：tuoling resume 运行目录；从其他工具的检查点继续："
+            "tuoling continue 目录 --data 数据 --keep-schedule",
         )
     if key in ("quantization_method", "llm_int8_threshold"):
         return tr(

@@ -11,7 +11,7 @@ from tests.tiny import sum_rows, tiny_model, write_rows
 from typer.testing import CliRunner
 
 from tuoling.cli.main import app
-from tuoling.models.licence import LINEAGE, read_lineage
+from tuoling.models.licence import LINEAGE, Part, read_lineage, write_lineage
 
 LLAMA_1 = "---\nlicense: other\nlicense_name: llama-1\n---\n"
 
@@ -47,6 +47,15 @@ def run(base: Path) -> Path:
     assert "may not be used commercially" in said and "train_0.5M_CN.json (odc-by + research-only" in said
     assert said.index("may not be used") < said.index("loss ")  # before it starts
     return base.parent / "run"
+
+
+def test_rows_that_were_made_bring_their_generator_along(tmp_path: Path) -> None:
+    """Of the rows of a folder that we wrote, what went into them counts, not the file."""
+    rows = write_rows(tmp_path / "rows.jsonl", sum_rows(2))
+    write_lineage(tmp_path, [Part("generator", "gpt-4o", ("openai-outputs",), "name", "api.openai.com")])
+    found = json.loads(call("licence", rows, "--json").stdout)
+    assert [(part["kind"], part["named"]) for part in found["parts"]] == [("generator", "gpt-4o")]
+    assert found["commercial"] == "conditions"
 
 
 @pytest.mark.slow
@@ -95,6 +104,12 @@ def test_carried_into_a_gguf_file_and_out_of_it(run: Path, tmp_path: Path) -> No
     assert json.loads(call("licence", file, "--json").stdout)["publish"] == "diff"
     assert call("convert", file, tmp_path / "out", "--no-verify").exit_code == 0
     assert parts_of(tmp_path / "out") == WANTED
+    lora = tmp_path / "lora.gguf"
+    assert call("convert", run, lora, "--to", "gguf-lora").exit_code == 0
+    found = json.loads(call("licence", lora, "--json").stdout)
+    assert {
+        part["named"]: tuple(part["licences"]) for part in found["parts"]
+    } == WANTED  # and no path of this disk
 
 
 def test_the_users_word_is_kept_and_a_wrong_name_refused(tmp_path: Path) -> None:

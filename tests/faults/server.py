@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -63,24 +64,32 @@ def work(asked: dict[str, Any]) -> int:
 
 
 def install(kind: str, at: int = 0, what: str = "kill", folder: str = "", step: int = 0) -> None:
-    """Arm one fault: at the `at`-th moment of `kind` (from 1) do `what` (kill, term, int, full, nan, clock).
+    """Arm one fault: at the `at`-th moment of `kind` (from 1) do `what` (full, readonly: from then on).
 
-    kind: step, evaluate, tokenise: a call of the function that does it. save: a file operation below `folder` after
-    step `step`, in whatever thread. file: the same from the beginning. time: nothing is counted, it holds throughout.
+    kind: step, evaluate, tokenise: a call of the function that does it. save: a file operation below `folder` from
+    step `step` on, in whatever thread. file: the same from the beginning. gradient: of a micro-batch. clock: throughout.
     """
     number, act = count(1), acts()[what]
+    lasting = what in ("full", "readonly")
 
     def moment() -> None:
-        if next(number) == at:
+        here = next(number)
+        if here == at or (lasting and here > at):
             act()
 
     if kind in ("step", "evaluate", "tokenise"):
         watch(kind, moment)
     elif kind in ("save", "file"):
-        armed = [kind == "file"]
+        armed, taken = [kind == "file"], count(1)
+
+        def arm() -> None:
+            if next(taken) == step:
+                saved()
+                armed[0] = True
+
         if kind == "save":
-            watch("step", lambda taken=count(1): armed.__setitem__(0, armed[0] or next(taken) == step + 1))
-        watch_files(folder, lambda: moment() if armed[0] else None)
+            watch("step", arm)
+        watch_files(folder, lambda: moment() if armed[0] else None, removing=not lasting)
     elif kind == "gradient":
         watch_gradient(at)
     elif kind == "clock":
@@ -91,15 +100,28 @@ def install(kind: str, at: int = 0, what: str = "kill", folder: str = "", step: 
 
 
 def acts() -> dict[str, Callable[[], None]]:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fails(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def kill_saved() -> None:
+        saved()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     return {
+        "kill_saved": kill_saved,
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
         "int": lambda: os.kill(os.getpid(), signal.SIGINT),
-        "full": full,
+        "full": lambda: fails(errno.ENOSPC),
+        "readonly": lambda: fails(errno.EROFS),
     }
+
+
+def saved() -> None:
+    """Wait for the checkpoint that is being written."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def watch(kind: str, moment: Callable[[], None]) -> None:
@@ -122,11 +144,13 @@ def watch(kind: str, moment: Callable[[], None]) -> None:
     setattr(place, name, watched)
 
 
-def watch_files(folder: str, moment: Callable[[], None]) -> None:
-    """Call `moment` before each file below `folder` is opened for writing, renamed, removed or synced."""
+def watch_files(folder: str, moment: Callable[[], None], *, removing: bool) -> None:
+    """Call `moment` before each file below `folder` is opened for writing, synced, renamed and, if asked, removed."""
     import safetensors.torch
 
-    changing = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "tempfile.mkstemp", "tempfile.mkdtemp"}
+    changing = {"os.mkdir", "tempfile.mkstemp", "tempfile.mkdtemp"}
+    if removing:  # a full disk lets files be removed, and renamed over one another
+        changing |= {"os.rename", "os.remove", "os.rmdir"}
 
     def heard(event: str, args: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(args[1], str) and args[1][:1] in "wax"
@@ -141,15 +165,15 @@ def watch_files(folder: str, moment: Callable[[], None]) -> None:
             moment()
         sync(handle)
 
-    def saved(tensors: Any, filename: Any, *args: Any, **keys: Any) -> None:
+    def tensors_saved(tensors: Any, filename: Any, *args: Any, **keys: Any) -> None:
         moment()
         save(tensors, filename, *args, **keys)
 
     os.fsync = synced
-    safetensors.torch.save_file = saved
+    safetensors.torch.save_file = tensors_saved
     from tuoling.train import checkpoint
 
-    checkpoint.save_file = saved
+    checkpoint.save_file = tensors_saved
 
 
 def watch_gradient(at: int) -> None:
@@ -167,11 +191,6 @@ def watch_gradient(at: int) -> None:
         return loss
 
     loop.batch_loss = steep
-
-
-def moments(path: Path) -> Iterator[str]:
-    """Lines of an output file."""
-    yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tuoling.serve.jobs import Backend
 from tuoling.serve.requests import Limits, Names, Reader
 from tuoling.serve.server import LOCAL_NAMES, Address, GracefulServer, listen, make_server
 
+HTTP = httpx.Client(trust_env=False, verify=False, timeout=60)
+"""One for all tests: a new client reads all certificates first."""
+
 
 @dataclass(eq=False)
 class Live:
@@ -32,7 +35,8 @@ class Live:
         """The real client of OpenAI."""
         from openai import OpenAI
 
-        return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+        options = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        return OpenAI(**options, http_client=HTTP)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         """A bare request, JSON unless `content` says otherwise."""
@@ -40,11 +44,11 @@ class Live:
             options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
         else:
             options["json"] = body
-        return httpx.post(self.url + path, timeout=60, **options)
+        return HTTP.post(self.url + path, **options)
 
     def metric(self, name: str) -> float:
         """The sum of a metric's series."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = HTTP.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
     def stop(self) -> None:

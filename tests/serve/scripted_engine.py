@@ -18,6 +18,9 @@ from tuoling.infer.engine import (
 from tuoling.text.conversation import Conversation
 from tuoling.text.templates import TEMPLATES
 
+WAIT = "\0"
+"""In an answer: nothing more comes until somebody has had enough."""
+
 
 class ScriptedEngine(OneModel):
     """Follows `Engine`. `say` makes the whole answer from the conversation; a token is a character."""
@@ -69,6 +72,9 @@ class ScriptedEngine(OneModel):
                 if cancel.wait(self.pace_s) if self.pace_s else cancel.is_set():
                     reason = "cancelled"
                     break
+                if character == WAIT:
+                    cancel.wait()
+                    continue
                 said += character
                 self.tokens_made += 1
                 yield Piece(character, beams=self._beams(said, settings))

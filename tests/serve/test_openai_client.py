@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.infer.test_adapters import save_adapter_on
-from tests.serve.live import Live, live
+from tests.serve.live import HTTP, Live, live
 from tests.tiny import tiny_model
 
 from tuoling.api import load
@@ -219,9 +219,7 @@ def test_questions_in_the_plain_form(server: Live, engine: TorchEngine) -> None:
 
 
 def test_health_and_counts(server: Live, client: Any) -> None:
-    import httpx
-
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert HTTP.get(f"{server.url}/health").json() == {"status": "ok"}
     before = server.metric("tuoling_completion_tokens_total")
     got = chat(client)
     assert server.metric("tuoling_completion_tokens_total") - before == got.usage.completion_tokens

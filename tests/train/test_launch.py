@@ -14,7 +14,8 @@ from tuoling.config import RunConfig, load_config
 from tuoling.environment import Place, first_host, place
 from tuoling.errors import ConfigError, MissingPackage, TrainingError, UsageError
 from tuoling.train import zero
-from tuoling.train.launch import Launch, first_error
+from tuoling.train.ending import first_error
+from tuoling.train.launch import Launch
 from tuoling.train.prepare import prepare
 from tuoling.train.rank import leave_error
 

@@ -141,22 +141,17 @@ class StopAfter:
         self._class.on_boundary = self._usual
 
 
-def from_rows(place: Path) -> dict[str, Any]:
-    """`quantize` from rows to the proof, a BLOOM in 4 bits and a LLaMA in 8, with every child's work done here."""
+def from_rows(place: Path, family: str, bits: str) -> dict[str, Any]:
+    """`quantize` from rows to the proof, with every child's work done here."""
     gptq.run_job = run_here
     parity._measure = lambda request: Comparison(request).measure()  # type: ignore[attr-defined]
     rows = write_rows(place / "rows.jsonl", sum_rows(40))
-    found = {}
-    for family, bits in (("bloom", 4), ("llama", 8)):
-        model, out = tiny_model(place / family, family, hidden=64), place / f"{family}-{bits}"
-        options = QuantizeOptions(bits=bits, group_size=32, rows=24, device="cpu", dtype="fp32")
-        seen: list[tuple[int, int]] = []
-        report = quantize(
-            str(model), out, options, data=[str(rows)], step=lambda *counts, seen=seen: seen.append(counts)
-        )
-        files = sorted(path.name for path in out.iterdir())
-        found[family] = report.to_json() | compare(model, out) | {"last_step": seen[-1], "files": files}
-    return found
+    model, out = tiny_model(place / "model", family, hidden=64), place / "out"
+    options = QuantizeOptions(bits=int(bits), group_size=32, rows=24, device="cpu", dtype="fp32")
+    seen: list[tuple[int, int]] = []
+    report = quantize(str(model), out, options, data=[str(rows)], step=lambda *counts: seen.append(counts))
+    files = sorted(path.name for path in out.iterdir())
+    return report.to_json() | compare(model, out) | {"last_step": seen[-1], "files": files}
 
 
 def run_here(
@@ -172,6 +167,10 @@ if __name__ == "__main__":
     environment.quiet_libraries()
     environment.prepare_gptqmodel()
     folder = Path(sys.argv[1])
-    tasks = {"widths": widths, "interrupted": interrupted, "from_rows": from_rows}
-    answer = tasks[sys.argv[2]](folder)
+    tasks: dict[str, Callable[..., Any]] = {
+        "widths": widths,
+        "interrupted": interrupted,
+        "from_rows": from_rows,
+    }
+    answer = tasks[sys.argv[2]](folder, *sys.argv[3:])
     (folder / "answer.json").write_text(json.dumps(answer, default=str))

@@ -261,7 +261,15 @@ def vocabulary_file(tokenizer: Any, rows: int, out: Path) -> Any:
     return vocabulary
 
 
-@pytest.mark.parametrize("name", ["tiny", "neox", "openllama", "minimind", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "minimind",
+        "openllama",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("neox", "mistral")),
+    ],
+)
 def test_llama_cpp_cuts_text_into_the_same_tokens(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

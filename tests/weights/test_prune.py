@@ -74,8 +74,13 @@ def test_the_gate_finds_no_difference_at_all(family: str, tmp_path: Path) -> Non
     assert (tmp_path / "small" / "parity.json").is_file()
 
 
-@pytest.mark.slow
-def test_scores_are_computed_in_a_process_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place", [pytest.param("gate_here", id="here"), pytest.param(None, id="apart", marks=pytest.mark.long)]
+)
+def test_scores_are_the_models_own(place: str | None, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Here, and in a process of their own as every command computes them."""
+    if place:
+        request.getfixturevalue(place)
     full = tiny_model(tmp_path / "full", "llama")
     tokenizer = load_tokenizer(full, for_training=False)
     texts = [[Segment("", False, "start"), Segment(text, False)] for text in TEXT]

@@ -49,7 +49,9 @@ def tiny_with(tokenizer: Path, folder: Path, family: str, rows: int, eos: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "minimind" else pytest.mark.long) for name in KINDS]
+)
 def test_every_real_row_comes_out_the_same(name: str, shared_data: Path, tmp_path: Path) -> None:
     full = tiny_with(shared_data / "tokenizers" / name, tmp_path / "full", *KINDS[name])
     data = shared_data / "alpaca" / "alpaca_zh_demo.json"
@@ -75,7 +77,7 @@ def test_every_real_row_comes_out_the_same(name: str, shared_data: Path, tmp_pat
     assert old.hf.eos_token == new.hf.eos_token
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sentencepiece_file_beside_a_pruned_model(shared_data: Path, tmp_path: Path) -> None:
     """sentencepiece itself reads tokenizer.model; it and tokenizer.json must give the same ids."""
     import sentencepiece

@@ -80,7 +80,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.one_of(st.integers(0, 3), st.integers(0, 400)),
     key_size=st.one_of(st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK]), st.integers(1, 400)),
@@ -112,7 +112,9 @@ def test_any_pair_equals_the_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key_size", [(10 << 20) + 12_345, 3 << 20, 25 << 20])
+@pytest.mark.parametrize(
+    "key_size", [(10 << 20) + 12_345, *(pytest.param(size << 20, marks=pytest.mark.long) for size in (3, 25))]
+)
 def test_the_real_block_size(tmp_path: Path, key_size: int) -> None:
     """10 MiB blocks; the reference repeats whole blocks, since a byte at a time would take minutes."""
     size = (31 << 20) + 5

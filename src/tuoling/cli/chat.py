@@ -53,6 +53,14 @@ QuantizationBit = Annotated[
         ),
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="0=10GiB,cpu=20GiB",
+        help=tr("spread over cards, memory, disk", "把模型分到显卡、内存、磁盘"),
+    ),
+]
 RemoteCode = Annotated[
     bool,
     typer.Option(
@@ -159,6 +167,7 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantization_bit: QuantizationBit = None,
+    max_memory: MaxMemory = None,
     allow_remote_code: RemoteCode = False,
 ) -> None:
     from tuoling import console
@@ -190,6 +199,7 @@ def command(
         dtype=dtype,
         device=device,
         quantization_bit=quantization_bit,
+        max_memory=max_memory,
         allow_remote_code=allow_remote_code,
         adapters=parse_adapters(adapter or []),
         merge=merge,

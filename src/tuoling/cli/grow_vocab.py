@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tuoling.cli.chat import RemoteCode
 from tuoling.cli.convert import AllowNan, AsJson, NoVerify, print_json
 from tuoling.language import tr
 
@@ -36,6 +37,7 @@ def command(
             "--rows", help=tr("rows to count tokens on, before and after", "用来比较前后词元数的数据")
         ),
     ] = None,
+    allow_remote_code: RemoteCode = False,
     allow_nan: AllowNan = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
@@ -43,7 +45,15 @@ def command(
     from tuoling import console
     from tuoling.weights.grow import grow_vocab
 
-    report = grow_vocab(model, out, tokenizer, rows=rows or [], verify=not no_verify, allow_nan=allow_nan)
+    report = grow_vocab(
+        model,
+        out,
+        tokenizer,
+        rows=rows or [],
+        verify=not no_verify,
+        allow_nan=allow_nan,
+        allow_remote_code=allow_remote_code,
+    )
     if as_json:
         print_json(report.to_json())
         return

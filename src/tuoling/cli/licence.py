@@ -62,7 +62,7 @@ def command(
     from tuoling.models.licence import as_said
     from tuoling.models.licence_answer import answer
 
-    parts = as_said(_parts(model), _pairs(licence or []), "--licence")
+    parts = as_said(_parts(model), pairs_of(licence or []), "--licence")
     found = answer(parts)
     if as_json:
         _print_json(found)
@@ -102,7 +102,7 @@ def _of_gguf(file: Path) -> tuple[Part, ...]:
     return (by_name("model", file.stem),)
 
 
-def _pairs(words: list[str]) -> dict[str, str]:
+def pairs_of(words: list[str]) -> dict[str, str]:
     """`rows.json=own` → {"rows.json": "own"}."""
     said = {}
     for word in words:

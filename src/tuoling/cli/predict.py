@@ -16,6 +16,7 @@ from tuoling.cli.chat import (
     Endpoint,
     Engine,
     LoraAlpha,
+    MaxMemory,
     MaxNewTokens,
     Merge,
     MinNewTokens,
@@ -65,7 +66,7 @@ def command(
         typer.Option(
             "--batch-size",
             min=1,
-            help=tr("rows at once; 8, and 16 for each server", "同时处理的条数；默认 8，每台服务器 16"),
+            help=tr("rows at once, at each server; default 16", "同时处理的条数（每台服务器）；默认 16"),
         ),
     ] = None,
     n: Annotated[
@@ -101,6 +102,7 @@ def command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantization_bit: QuantizationBit = None,
+    max_memory: MaxMemory = None,
     allow_remote_code: RemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the report as JSON", "以 JSON 输出报告"))
@@ -141,6 +143,7 @@ def command(
         dtype=dtype,
         device=device,
         quantization_bit=quantization_bit,
+        max_memory=max_memory,
         allow_remote_code=allow_remote_code,
         merge=merge,
         engine=engine,

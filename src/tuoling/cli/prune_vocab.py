@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuoling import console
+from tuoling.cli.chat import RemoteCode
 from tuoling.cli.convert import AllowNan, AsJson, NoVerify, print_json
 from tuoling.errors import UsageError
 from tuoling.language import tr
@@ -15,6 +16,7 @@ from tuoling.language import tr
 if TYPE_CHECKING:
     from tuoling.weights.prune_corpus import Base
     from tuoling.weights.prune_report import PruneReport
+    from tuoling.weights.prune_restore import RestoreReport
 
 HELP = tr(
     """Make a model smaller by the words it does not need.
@@ -117,12 +119,23 @@ def command(
         bool,
         typer.Option("--restore", help=tr("back onto the full model", "放回完整模型")),
     ] = False,
+    allow_remote_code: RemoteCode = False,
     allow_nan: AllowNan = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
     if restore:
-        _restore(model, out, more or [], held_out or [], verify=not no_verify, as_json=as_json)
+        from tuoling.weights.prune_restore import restore_vocab
+
+        restored = restore_vocab(
+            model,
+            out,
+            _third_place(more or []),
+            held_out=held_out or [],
+            verify=not no_verify,
+            allow_remote_code=allow_remote_code,
+        )
+        print_json(restored.to_json()) if as_json else _show_restored(restored)
         return
     from tuoling.data.sources import parse_columns
     from tuoling.weights.prune import prune_vocab
@@ -142,6 +155,7 @@ def command(
             columns=parse_columns(columns),
             verify=not no_verify,
             allow_nan=allow_nan,
+            allow_remote_code=allow_remote_code,
         ),
     )
     if as_json:
@@ -174,20 +188,16 @@ def _show(report: PruneReport) -> None:
     )
 
 
-def _restore(
-    pruned: str, full: str, more: list[str], held_out: list[str], *, verify: bool, as_json: bool
-) -> None:
-    from tuoling.weights.prune_restore import restore_vocab
-
+def _third_place(more: list[str]) -> Path:
     if len(more) != 1:
         raise UsageError(
             tr("--restore takes three places", "--restore 需要三个位置"),
             remedy="tuoling prune-vocab --restore PRUNED FULL OUT",
         )
-    report = restore_vocab(pruned, full, Path(more[0]), held_out=held_out, verify=verify)
-    if as_json:
-        print_json(report.to_json())
-        return
+    return Path(more[0])
+
+
+def _show_restored(report: RestoreReport) -> None:
     console.out.print(
         tr(
             f"{report.out}: {report.kind} for {report.full_rows:,} words, {report.trained_rows:,} of them trained",

@@ -8,9 +8,19 @@ from typing import Annotated
 import typer
 
 from tuoling import console
-from tuoling.cli.train import device_numbers, show_plan, tell
+from tuoling.cli.train import (
+    Devices,
+    Hostfile,
+    MachineNumber,
+    Machines,
+    Master,
+    RemoteShell,
+    show_plan,
+    tell,
+)
 from tuoling.errors import ConfigError
 from tuoling.language import tr
+from tuoling.train.asked import Asked, launching
 
 HELP = tr(
     """Go on with a run that was stopped or killed, exactly where it was.
@@ -75,27 +85,18 @@ def command(
             help=tr("processes to start here; as before if unset", "在本机启动的进程数，默认与原来相同"),
         ),
     ] = None,
-    devices: Annotated[
-        str | None,
-        typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
-    ] = None,
-    nnodes: Annotated[
-        int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
-    ] = 1,
-    node_rank: Annotated[
-        int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
-    ] = 0,
-    master: Annotated[
-        str | None,
-        typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
-    ] = None,
+    devices: Devices = None,
+    nnodes: Machines = 1,
+    node_rank: MachineNumber = 0,
+    master: Master = None,
+    hostfile: Hostfile = None,
+    remote_shell: RemoteShell = None,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the results as JSON", "以 JSON 输出结果"))
     ] = False,
 ) -> None:
     from tuoling.config_files import parse_value
     from tuoling.train.entry import resume
-    from tuoling.train.launch import Launch
 
     keys = {}
     for word in words or []:
@@ -106,15 +107,16 @@ def command(
                 remedy=tr("for example disk_reserve_mib=64", "例如 disk_reserve_mib=64"),
             )
         keys[key.strip()] = parse_value(text, where=word)
-    asked = nproc is not None or devices is not None or nnodes > 1
-    result = resume(
-        run,
-        from_checkpoint=from_checkpoint,
-        skip_damaged=skip_damaged,
-        accept_changes=accept_changes,
-        say=console.note,
-        show_plan=show_plan,
-        launch=Launch(nproc or 1, device_numbers(devices), nnodes, node_rank, master) if asked else None,
-        **keys,
-    )
+    asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
+    with launching(asked, say=console.note) as launch:
+        result = resume(
+            run,
+            from_checkpoint=from_checkpoint,
+            skip_damaged=skip_damaged,
+            accept_changes=accept_changes,
+            say=console.note,
+            show_plan=show_plan,
+            launch=None if asked == Asked() else launch,
+            **keys,
+        )
     tell(result, as_json=as_json)

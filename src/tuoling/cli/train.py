@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,10 +11,10 @@ import typer
 from tuoling import console, environment
 from tuoling.errors import UsageError
 from tuoling.language import tr
+from tuoling.train.asked import Asked, launching
 
 if TYPE_CHECKING:
     from tuoling.config import Loaded
-    from tuoling.train.launch import Launch
     from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
 
@@ -28,7 +29,8 @@ HELP = tr(
     Every key of the config can be given as key=value; `recipe=domain-bloom` starts from a packaged recipe.
 
     --nproc 2 (or --devices 0,1) starts that many processes, which share every step; parallel=fsdp, zero2 or zero3
-    cuts the model into parts. Under torchrun or srun a process joins the others by itself.""",
+    cuts the model into parts. Several machines: this command on each, with --nnodes, --node-rank and --master; or on
+    the first one only, with --hostfile. Under torchrun or srun a process joins the others by itself.""",
     """用你的数据微调模型，结果放在一个运行目录里。
 
     tuoling train --model 模型 --data rows.json [--out 目录] [键=值 …]
@@ -39,6 +41,7 @@ HELP = tr(
     配置中的每个键都可以写成 键=值；recipe=domain-bloom 表示从内置配方开始。
 
     --nproc 2（或 --devices 0,1）启动多个进程分担每一步；parallel=fsdp、zero2 或 zero3 会切分模型。
+    多台机器：在每台上运行本命令，加 --nnodes、--node-rank、--master；或只在第一台上运行，加 --hostfile。
     在 torchrun 或 srun 下，各进程会自动汇合。""",
 )
 
@@ -62,6 +65,45 @@ Recipe = Annotated[
     str | None, typer.Option("--recipe", help=tr("packaged recipe or YAML", "内置配方或 YAML"))
 ]
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"), show_default=False
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
+]
+Machines = Annotated[
+    int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
+]
+MachineNumber = Annotated[
+    int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
+]
+Master = Annotated[
+    str | None,
+    typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
+]
+Hostfile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hostfile",
+        help=tr(
+            "machines to start from here, `name slots=N` a line, this one first",
+            "由本机启动的机器列表，每行 `主机名 slots=进程数`，本机写在第一行",
+        ),
+    ),
+]
+RemoteShell = Annotated[
+    str | None,
+    typer.Option(
+        "--remote-shell",
+        help=tr("how the others are reached; ssh if unset", "连接其他机器的命令，默认 ssh"),
+        show_default=False,
+    ),
+]
+
 
 def command(
     words: Words = None,
@@ -72,23 +114,13 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the results as JSON", "以 JSON 输出结果"))
     ] = False,
-    nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"))
-    ] = 1,
-    devices: Annotated[
-        str | None,
-        typer.Option("--devices", help=tr("cards, one a process: 0,1,3", "使用的显卡，每张一个进程：0,1,3")),
-    ] = None,
-    nnodes: Annotated[
-        int, typer.Option("--nnodes", min=1, help=tr("machines that train together", "一起训练的机器数"))
-    ] = 1,
-    node_rank: Annotated[
-        int, typer.Option("--node-rank", min=0, help=tr("which of them this one is", "本机的编号，从 0 开始"))
-    ] = 0,
-    master: Annotated[
-        str | None,
-        typer.Option("--master", help=tr("address of machine 0, host[:port]", "0 号机器的地址，host[:端口]")),
-    ] = None,
+    nproc: Processes = None,
+    devices: Devices = None,
+    nnodes: Machines = 1,
+    node_rank: MachineNumber = 0,
+    master: Master = None,
+    hostfile: Hostfile = None,
+    remote_shell: RemoteShell = None,
     supervise: Annotated[
         bool,
         typer.Option(
@@ -107,8 +139,8 @@ def command(
 ) -> None:
     loaded = load(words, model=model, data=data, out=out, recipe=recipe)
     from tuoling.api import train
-    from tuoling.train.launch import Launch
 
+    asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
     if loaded.config.data_shares:
         console.note(
             tr(
@@ -116,17 +148,18 @@ def command(
                 "data_shares 只用于 tuoling study：这里训练全部数据",
             )
         )
-    launch = Launch(nproc, device_numbers(devices), nnodes, node_rank, master)
     if supervise:
         from tuoling.train.run_folder import folder_of
         from tuoling.train.supervise import supervise as watch
 
         folder = folder_of(loaded.config)
         begin = [*_again(words, model=model, data=data, recipe=recipe), "--out", str(folder)]
-        shared = _launch_words(launch) + (["--json"] if as_json else [])
+        shared = asked.words() + (["--json"] if as_json else [])
         again = ["resume", str(folder), "--skip-damaged", *shared]
         raise typer.Exit(watch(folder, [*begin, *shared], again, restarts=restarts, say=console.note))
-    tell(train(loaded, say=console.note, show_plan=show_plan, launch=launch), as_json=as_json)
+    with launching(asked, say=console.note) as launch:
+        result = train(loaded, say=console.note, show_plan=show_plan, launch=launch)
+    tell(result, as_json=as_json)
 
 
 def _again(
@@ -135,17 +168,6 @@ def _again(
     """The words of this command for a process of its own."""
     given = [("--model", model), ("--recipe", recipe), *(("--data", each) for each in data or [])]
     return ["train", *(words or []), *(part for name, value in given if value for part in (name, value))]
-
-
-def _launch_words(launch: Launch) -> list[str]:
-    """Of the processes: as they were asked for, where they were."""
-    words = ["--devices", ",".join(map(str, launch.devices))] if launch.devices else []
-    if launch.nproc > 1:
-        words += ["--nproc", str(launch.nproc)]
-    if launch.nnodes > 1:
-        words += ["--nnodes", str(launch.nnodes), "--node-rank", str(launch.node_rank)]
-        words += ["--master", str(launch.master)]
-    return words
 
 
 def tell(result: RunResult, *, as_json: bool) -> None:
@@ -172,20 +194,6 @@ def tell(result: RunResult, *, as_json: bool) -> None:
         tr(f"next        tuoling {verb} {result.path}", f"下一步    tuoling {verb} {result.path}"),
         markup=False,
     )
-
-
-def device_numbers(devices: str | None) -> tuple[int, ...]:
-    """`0,1,3` → (0, 1, 3)."""
-    parts = [part.strip() for part in (devices or "").split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
-        raise UsageError(
-            tr(
-                f"--devices {devices}: numbers of cards with commas, each once",
-                f"--devices {devices}：应为逗号分隔的显卡编号，不重复",
-            ),
-            remedy="--devices 0,1",
-        )
-    return tuple(int(part) for part in parts)
 
 
 def load(

@@ -7,10 +7,14 @@ from typing import Annotated
 import typer
 
 from tuoling.cli.chat import (
+    Adapters,
     Base,
     Device,
     Dtype,
+    Endpoint,
+    Engine,
     LoraAlpha,
+    Merge,
     QuantizationBit,
     RemoteCode,
     Revision,
@@ -33,14 +37,7 @@ HELP = tr(
 
 def command(
     run_or_model: RunOrModel,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="NAME=PATH",
-            help=tr("another adapter on the same base; may be repeated", "同一基座上的另一个适配器，可重复"),
-        ),
-    ] = None,
+    adapter: Adapters = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,6 +62,9 @@ def command(
             ),
         ),
     ] = False,
+    merge: Merge = False,
+    engine: Engine = None,
+    endpoint: Endpoint = None,
     template: Template = None,
     base: Base = None,
     lora_alpha: LoraAlpha = None,
@@ -74,33 +74,41 @@ def command(
     quantization_bit: QuantizationBit = None,
     allow_remote_code: RemoteCode = False,
 ) -> None:
-    from contextlib import ExitStack
+    from contextlib import ExitStack, suppress
 
     from tuoling import console, environment
     from tuoling.api import load
-    from tuoling.serve.web import address, choose_auth, listening_socket, page_server, require_gradio, web_app
-    from tuoling.serve.web_models import named_adapters, web_models
+    from tuoling.infer.open_engine import EngineOptions, parse_adapters
+    from tuoling.serve.web import address, choose_auth, page_server, require_gradio, web_app
+    from tuoling.serve.web_models import web_models
 
     require_gradio()
-    key, made = choose_auth(host, environment.secret("TUOLING_WEB_AUTH"), asked=auth)
-    adapters = named_adapters(adapter or ())
+    from tuoling.serve.server import Address, listen
+
+    place = Address(host, port)
+    key, made = choose_auth(environment.secret("TUOLING_WEB_AUTH"), local=place.local, asked=auth)
+    every: EngineOptions = {
+        "template": template,
+        "base": base,
+        "lora_alpha": lora_alpha,
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "quantization_bit": quantization_bit,
+        "allow_remote_code": allow_remote_code,
+    }
+    first: EngineOptions = {
+        **every,
+        "adapters": parse_adapters(adapter or []),
+        "merge": merge,
+        "engine": engine,
+        "endpoint": endpoint,
+    }
     with ExitStack() as opened:
-        found = opened.enter_context(listening_socket(host, port))
-        engines = {}
-        for number, path in enumerate((run_or_model, *(compare or ()))):
-            model = load(
-                path,
-                template=template,
-                base=base,
-                lora_alpha=lora_alpha,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                quantization_bit=quantization_bit,
-                allow_remote_code=allow_remote_code,
-                adapters=None if number else adapters,
-            )
-            engines[path] = opened.enter_context(model).engine
+        found = opened.enter_context(listen(place))
+        engines = {run_or_model: opened.enter_context(load(run_or_model, **first)).engine}
+        for path in compare or ():
+            engines[path] = opened.enter_context(load(path, **every)).engine
         models = web_models(engines)
         app = web_app(models, title=models.names[0], auth=key, local=key is None)
         if made and key is not None:
@@ -108,4 +116,5 @@ def command(
             console.out.print(f"{key[0]}:{key[1]}")
         console.note(tr("Ctrl-C stops the page", "按 Ctrl-C 停止"))
         console.out.print(address(found))
-        page_server(app).run(sockets=[found])
+        with suppress(KeyboardInterrupt, SystemExit):  # uvicorn raises the signal once more when it is done
+            page_server(app).run(sockets=[found])

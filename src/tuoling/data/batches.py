@@ -87,16 +87,18 @@ def split_over_ranks(lengths: Sequence[int] | np.ndarray, world_size: int) -> li
 
 
 class PackedOrder:
-    """An endless row of packs: epoch after epoch, every row once in each, a function of lengths, seed and budget.
+    """An endless row of packs: epoch after epoch, a function of lengths, order and budget.
 
-    An epoch's order (SampleOrder's) is cut into windows; the rows of a window are laid into packs by best fit; the
+    An epoch's order (SampleOrder's, which has every row once) is cut into windows; the rows of a window are laid into packs by best fit; the
     packs of a window are shuffled, since best fit opens those of the longest rows first.
     """
 
-    def __init__(self, lengths: np.ndarray, seed: int, max_tokens: int) -> None:
-        self.num_rows = len(lengths)
+    def __init__(
+        self, lengths: np.ndarray, seed: int, max_tokens: int, order: SampleOrder | None = None
+    ) -> None:
+        self._order = SampleOrder(len(lengths), seed) if order is None else order
+        self.num_rows = self._order.num_rows
         self._lengths, self._max_tokens, self._seed = lengths, max_tokens, seed
-        self._order = SampleOrder(self.num_rows, seed)
         self._first = [0]  # the first pack of each epoch that has been laid
         self._epoch = -1
         self._rows: np.ndarray = np.empty(0, dtype=np.int64)

@@ -18,7 +18,8 @@ DATA_NAME = re.compile(r"\.(json|jsonl|ndjson|csv|tsv|txt|text|parquet|gz)$", re
 _NO_DATA_NAMES = frozenset(
     (REGISTRY, "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
      "special_tokens_map.json", "added_tokens.json", "trainer_state.json", "manifest.json", "vocab.json", "template.json",
-     "all_results.json", "run.json", "requirements.txt", "license.txt", "readme.txt", "merges.txt")
+     "all_results.json", "run.json", "lineage.json",
+     "generation.json", "requirements.txt", "license.txt", "readme.txt", "merges.txt")
 )  # fmt: skip
 
 

@@ -27,6 +27,10 @@ _BEFORE = 3
 _PAIRS = 1 << 14
 _WORD = 64
 _MOST_PASSES = 8
+_LITTLE = 1000
+"""Another pass is made only where the last one took more than 1 in so many of the texts that stayed: of 200,000 texts
+the second took 6 %, the third 0.8 %."""
+_BLOCK_TEXTS = 100_000
 
 Index = NDArray[np.int64]
 
@@ -100,31 +104,34 @@ class Search:
             for band, found in enumerate(pool.map(self.keys, range(BANDS))):
                 keys.append(found)
                 step(band + 1, 2 * BANDS)
-        passes = 0
-        while passes < _MOST_PASSES:
+        passes, taken = 0, len(like)
+        while passes < _MOST_PASSES and taken * _LITTLE > len(like):
             passes += 1
-            fresh = like == np.arange(len(like))
+            before = _staying(like)
             for band in range(BANDS):
                 self._pass(keys[band], like)
                 if passes == 1:
                     step(BANDS + band + 1, 2 * BANDS)
-            if not self._settle(like) and (like == np.arange(len(like))).sum() == fresh.sum():
-                break
+            self._settle(like)
+            taken = before - _staying(like)
         kept = like == np.arange(len(like))
         return NearReport(kept, like, exact, int((~kept).sum()) - exact, self.compared, passes)
 
     def _whole(self) -> NDArray[np.uint64]:
         """64 bits of a text's tokens; a text without tokens is like no other. [N]"""
         own = np.arange(len(self.sizes), dtype=np.uint64) | np.uint64(1 << 63)
-        filled = np.flatnonzero(self.sizes)
-        if len(filled):
-            inside = np.arange(len(self.flat)) - np.repeat(self.starts[filled], self.sizes[filled])
+        for begin in range(0, len(own), _BLOCK_TEXTS):
+            filled = begin + np.flatnonzero(self.sizes[begin : begin + _BLOCK_TEXTS])
+            if not len(filled):
+                continue
+            starts, sizes = self.starts[filled], self.sizes[filled]
+            first, end = starts[0], self.starts[filled[-1] + 1]
+            inside = np.arange(first, end) - np.repeat(starts, sizes)
             powers = np.uint64(0x100000001B3) ** (inside.astype(np.uint64) + np.uint64(1))
-            mixed = (self.flat.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) * powers
+            mixed = (self.flat[first:end].astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) * powers
             mixed ^= mixed >> np.uint64(32)
-            own[filled] = np.add.reduceat(
-                mixed * np.uint64(0xC2B2AE3D27D4EB4F), self.starts[filled]
-            ) >> np.uint64(1)
+            hashes = np.add.reduceat(mixed * np.uint64(0xC2B2AE3D27D4EB4F), starts - first)
+            own[filled] = hashes >> np.uint64(1)
         return own
 
     def _pass(self, keys: NDArray[np.uint32], like: Index) -> None:
@@ -140,18 +147,17 @@ class Search:
             if like[one] == one and like[other] == other:
                 like[one] = other
 
-    def _settle(self, like: Index) -> int:
-        """Texts whose like has gone since: they go with what that one repeats, or stay again. Returns how many stay."""
+    def _settle(self, like: Index) -> None:
+        """Texts whose like has gone since: they go with what that one repeats, or stay again."""
         gone = np.flatnonzero(like != np.arange(len(like)))
         lost = gone[like[like[gone]] != like[gone]]
         if not len(lost):
-            return 0
+            return
         root = like[like[lost]]
         while (like[root] != root).any():
             root = like[root]
         alike = self.alike(lost, root)
         like[lost] = np.where(alike, root, lost)
-        return int((~alike).sum())
 
     # -- comparing ------------------------------------------------------------------------------------------------
 
@@ -222,6 +228,10 @@ class Search:
         rows = self.flat[np.minimum(places, len(self.flat) - 1)].astype(np.uint32)
         rows[~inside] = np.uint32(0xFFFFFFFF - side)
         return rows
+
+
+def _staying(like: Index) -> int:
+    return int((like == np.arange(len(like))).sum())
 
 
 def neighbours(keys: NDArray[np.uint32], before: int) -> tuple[Index, Index]:

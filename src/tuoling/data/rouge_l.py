@@ -134,11 +134,16 @@ class SimilarTexts:
         self.above = above
         self._tokens = Tokens()
         self._ids: list[list[int]] = []
+        self._texts: list[str] = []
         self._bags: NDArray[np.uint8] = np.zeros((1024, _BAG), np.uint8)
         self._sizes: NDArray[np.int64] = np.zeros(1024, np.int64)
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def text(self, place: int) -> str:
+        """The text added at that place, counted from 0."""
+        return self._texts[place]
 
     def like(self, text: str) -> tuple[int, float] | None:
         """(place, ROUGE-L) of the text most like this one, where that is above the limit."""
@@ -166,6 +171,7 @@ class SimilarTexts:
         self._bags[count] = bags(ids, np.array([0, len(ids)], np.int64))[0]
         self._sizes[count] = len(ids)
         self._ids.append(ids.tolist())
+        self._texts.append(text)
 
     def extend(self, texts: Iterable[str]) -> None:
         for text in texts:

@@ -83,6 +83,11 @@ class TokenStore:
         """int64 [N]: where the last learned span of each example ends."""
         return self._spans[self._span_offsets[1:] - 1, 1].astype(np.int64)
 
+    @property
+    def sources(self) -> np.ndarray:
+        """uint32 [N]: which of the sources each example came from."""
+        return self._files
+
     def place(self, index: int) -> str:
         """`file:line` of the row an example was made from."""
         return f"{self._paths[self._files[index]]}:{self._lines[index]}"

@@ -26,6 +26,8 @@ class EngineOptions(TypedDict, total=False):
     revision:   of a hub id.
     dtype:      auto | bf16 | fp16 | fp32. device: auto | cpu | cuda | mps.
     quantization_bit: 8 or 4 bits for the base, 0 for none; None: as it was trained.
+    max_memory: `0=10GiB,cpu=20GiB`: limits of a model spread over cards, memory and disk; None: one device, or as
+                it must be.
     allow_remote_code: run Python code from the model folder.
     adapters:   more adapters on the same base, by name: `engine.using(name)`.
     merge:      the adapter goes into the weights: faster, and the base alone cannot be asked any more.
@@ -42,6 +44,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: str
     device: str
     quantization_bit: int | None
+    max_memory: str | None
     allow_remote_code: bool
     adapters: Mapping[str, str] | None
     merge: bool
@@ -69,7 +72,9 @@ def open_engine(path_or_id: str, **options: Unpack[EngineOptions]) -> Engine:
         from tuoling.infer.open_torch import open_torch
 
         return open_torch(path_or_id, options)
-    fixed = [name for name in ("base", "quantization_bit", "adapters", "merge") if options.get(name)]
+    fixed = [
+        name for name in ("base", "quantization_bit", "adapters", "merge", "max_memory") if options.get(name)
+    ]
     if fixed:
         names = ", ".join(fixed)
         console.warn(

@@ -25,11 +25,14 @@ def open_torch(path_or_id: str, options: EngineOptions) -> TorchEngine:
     """Find, load and wrap what lies there. Raises ModelError, TemplateError, UsageError."""
     base, alpha = options.get("base"), options.get("lora_alpha")
     source = find_model(path_or_id, revision=options.get("revision"), base=base, lora_alpha=alpha)
+    from tuoling.models.placement import is_spread, parse_limits
+
+    limits = parse_limits(options.get("max_memory"))
     more = _more_adapters(source, options)
     quantization = chosen_quantization(options.get("quantization_bit"), source.quantization)
     merge = bool(options.get("merge"))
     if merge:
-        _require_mergeable(source, quantization, more)
+        _require_mergeable(source, quantization, more, spread=limits is not None)
     from tuoling.infer.torch_engine import TorchEngine
     from tuoling.models.load import load_adapter, load_model, load_tokenizer
 
@@ -44,8 +47,17 @@ def open_torch(path_or_id: str, options: EngineOptions) -> TorchEngine:
         for_training=False,
         allow_remote_code=options.get("allow_remote_code", False),
         quantization=quantization,
+        max_memory=limits,
     )
     precision = f"{options.get('dtype', 'auto')}{quantization}"
+    if merge and is_spread(model):
+        merge = False
+        console.warn(
+            tr(
+                "not merged: the weights do not fit in one place; the adapter is applied beside them",
+                "未并入：权重放不进同一处；适配器改为在旁边应用",
+            )
+        )
     if merge:
         model, precision = model.merge_and_unload(safe_merge=True), f"{precision} merged"
     layers = {name: f"adapter_{number}" for number, name in enumerate(more)}
@@ -121,13 +133,15 @@ def _same_files(ours: Path, theirs: Path) -> bool:
 
 
 def _require_mergeable(
-    source: ModelSource, quantization: Quantization, more: Mapping[str, ModelSource]
+    source: ModelSource, quantization: Quantization, more: Mapping[str, ModelSource], *, spread: bool
 ) -> None:
     """Raise UsageError where the adapter cannot go into the weights."""
     if not source.is_adapter:
         problem = tr("there is no adapter to merge", "没有可以合并的适配器")
     elif more:
         problem = tr("merged weights carry no other adapters", "合并后的权重不能再带其他适配器")
+    elif spread:
+        problem = tr("weights that are spread are not merged into", "分散放置的权重不能合并适配器")
     elif quantization:
         problem = tr(f"weights in {quantization} are not merged into", f"{quantization} 权重不能合并适配器")
     else:

@@ -60,7 +60,7 @@ def open_vllm(path_or_id: str, options: EngineOptions) -> VllmEngine | ChatEngin
         raise
 
 
-_NOT_AT_SERVERS = ("device", "quantization_bit", "merge", "adapters")
+_NOT_AT_SERVERS = ("device", "quantization_bit", "max_memory", "merge", "adapters")
 _OF_OURS = ("dtype", "allow_remote_code")
 _OF_RENDERING = ("template", "base", "lora_alpha", "revision")
 

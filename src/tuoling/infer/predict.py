@@ -20,7 +20,7 @@ from tuoling.infer.fleet import Fleet, spread
 from tuoling.language import tr
 from tuoling.text.conversation import Conversation, Turn
 
-BATCH_ROWS = 8
+BATCH_ROWS = 16
 """Rows at once, where nobody says how many."""
 
 

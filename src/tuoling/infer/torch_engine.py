@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from tuoling.infer.engine import (
     TemplatePrompts,
     unknown_adapter,
 )
+from tuoling.infer.halves import in_halves
 from tuoling.infer.hooks import StopStrings, TokenStreamer, in_thread
 from tuoling.infer.sampling import Draws, reply_processors, seeded
 from tuoling.infer.stops import StopFilter, reply_of
 from tuoling.models.adapter_switch import AdapterSwitch
+from tuoling.models.placement import first_device
 from tuoling.text.conversation import IGNORE_INDEX, Conversation
 from tuoling.text.templates import Template
 from tuoling.text.tokenizer import StreamDecoder, TextTokenizer
@@ -113,7 +116,7 @@ class TorchEngine(TemplatePrompts):
     @property
     def device(self) -> torch.device:
         """Where the prompt goes."""
-        return self.model.get_input_embeddings().weight.device
+        return first_device(self.model)
 
     def close(self) -> None:
         """Free the model's memory, for all adapters on it."""
@@ -142,7 +145,8 @@ class TorchEngine(TemplatePrompts):
         beams = settings.num_beams
         replies: dict[int, Reply] = {}
         for batch in self._batches(prompts, settings):
-            rows = self._run([prompts[place] for place in batch], settings, cancel=cancel)
+            run = partial(self._run, settings=settings, cancel=cancel)
+            rows = in_halves(run, [prompts[place] for place in batch])
             for number, place in enumerate(batch):
                 of_row = rows[number * beams : (number + 1) * beams]
                 replies[place] = self._reply(of_row, prompts[place], settings, cancel)

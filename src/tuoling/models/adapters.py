@@ -15,6 +15,7 @@ from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
 from tuoling.models.adapter_files import ADAPTER_CONFIG
 from tuoling.models.adapter_reading import Adapter, read_adapter
+from tuoling.models.placement import follow_base, is_spread
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,15 +93,23 @@ def attach_adapter(
     lora_alpha: for an adapter whose files do not say it. name: PEFT's for its layers. Raises ModelError for another
     base, another shape, or a file that holds too much or too little.
     """
-    from peft import set_peft_model_state_dict
-
     adapter = read_adapter(folder, lora_alpha=lora_alpha)
     for line in adapter.notes:
         console.note(line)
     wrapped = wrap(model, adapter, trainable=trainable, name=name)
-    on_meta = next(model.parameters()).is_meta
-    set_peft_model_state_dict(wrapped, dict(adapter.tensors), adapter_name=name, low_cpu_mem_usage=on_meta)
+    _fill(wrapped, adapter, name)
     return wrapped
+
+
+def _fill(model: PeftModel, adapter: Adapter, name: str) -> None:
+    """Put the tensors in."""
+    from peft import set_peft_model_state_dict
+
+    spread = is_spread(model)
+    if spread:
+        follow_base(model, name)
+    on_meta = next(model.parameters()).is_meta and not spread
+    set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=name, low_cpu_mem_usage=on_meta)
 
 
 def add_adapter(model: PeftModel, name: str, folder: Path, *, lora_alpha: float | None = None) -> None:
@@ -108,7 +117,7 @@ def add_adapter(model: PeftModel, name: str, folder: Path, *, lora_alpha: float 
 
     name: PEFT's for its layers. Raises ModelError, also where PEFT cannot have the two kinds in one model.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     adapter = read_adapter(folder, lora_alpha=lora_alpha)
     for line in adapter.notes:
@@ -136,7 +145,7 @@ def add_adapter(model: PeftModel, name: str, folder: Path, *, lora_alpha: float 
         raise _does_not_fit(folder, str(error).split("\n")[0]) from error
     saved_too = {key: tensor for key, tensor in embeddings.items() if key in adapter.tensors}
     _compare(folder, {**expected, **saved_too}, adapter.tensors)
-    set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=name)
+    _fill(model, adapter, name)
     model.requires_grad_(False)
 
 
@@ -153,7 +162,7 @@ def wrap(
     config = peft_config(adapter)
     config.inference_mode = not trainable
     _fit_vocabulary(model, adapter)
-    on_meta = next(model.parameters()).is_meta
+    on_meta = next(model.parameters()).is_meta and not is_spread(model)
     kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
     try:
         with warnings.catch_warnings():

@@ -310,6 +310,14 @@ def to_json(parts: Iterable[Part]) -> dict[str, Any]:
     return {"parts": [part.to_json() for part in parts]}
 
 
+def without_places(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """For a file that is given on: of an absolute path the name alone, so that it does not say where things lay."""
+    return tuple(
+        replace(part, named=Path(part.named).name) if Path(part.named).is_absolute() else part
+        for part in parts
+    )
+
+
 def from_json(value: Any, where: str) -> tuple[Part, ...]:
     """Raises DataError where it is no lineage."""
     if not isinstance(value, Mapping) or not isinstance(value.get("parts"), list):

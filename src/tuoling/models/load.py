@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ import torch
 
 from tuoling import environment
 from tuoling.errors import ModelError
+from tuoling.families import own_code_refused
 from tuoling.kernels import quantized
 from tuoling.language import tr
-from tuoling.models import gptq_packages
+from tuoling.models import gptq_packages, placement
 from tuoling.models import quantization as low_bit
 from tuoling.models.adapters import add_adapter, attach_adapter, some
 from tuoling.models.quantization import Quantization
@@ -57,11 +58,14 @@ def load_model(
     for_training: bool = False,
     allow_remote_code: bool = False,
     quantization: Quantization | None = None,
+    max_memory: Mapping[int | str, str] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model, with its adapter on top where `source` is one.
 
     for_training: adapter weights ask for gradients and no key-value cache is kept; else eval mode, no gradients.
     quantization: of the base's linear layers; None: as an adapter was trained, `Quantization()`: not at all.
+    max_memory: of cards (0, 1, …) and "cpu", for answers: what fits in none of them stays on the disk. None: one
+    device, or for a model larger than the card, all cards, then memory, then the disk.
     Raises ModelError for a folder whose weights are cut, missing, too many, or of another shape.
     """
     environment.quiet_libraries()
@@ -74,7 +78,15 @@ def load_model(
     if packed:
         gptq_packages.choose_kernel(config, weights, device)
     with gptq_packages.quiet() if packed else nullcontext():
-        model = _load_base(weights, config, resolve_dtype(dtype, device), device, allow_remote_code, bits)
+        chosen = resolve_dtype(dtype, device)
+        if for_training or (bits and max_memory is None):
+            placed: dict[str, Any] = {} if device == "cpu" and not bits else {"device_map": {"": device}}
+        else:
+            placed = placement.keywords(device, _bytes_in_memory(weights, config, chosen), max_memory)
+        model = _load_base(weights, config, chosen, placed, allow_remote_code, bits)
+    spread = placement.is_spread(model)
+    if spread:
+        placement.say_where(model)
     if bits:
         quantized.settle(model, for_training=for_training)
     loaded: PreTrainedModel | PeftModel = model
@@ -82,7 +94,9 @@ def load_model(
         alpha = source.lora_alpha
         with gptq_packages.hidden_from_peft():
             loaded = attach_adapter(model, source.path, trainable=for_training, lora_alpha=alpha)
-        if not bits:  # else PEFT has put the adapter where its layers are, and quantised ones do not move
+        if (
+            not bits and not spread
+        ):  # else PEFT has put the adapter where its layers are, and quantised ones do not move
             loaded.to(device)
     if for_training:
         model.config.use_cache = False
@@ -113,6 +127,8 @@ def _config(folder: Path, source: ModelSource, allow_remote_code: bool) -> Pretr
             folder, trust_remote_code=allow_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
         kind = source.config.get("model_type")
         raise ModelError(
             tr(
@@ -144,24 +160,14 @@ def _refuse_by_family(source: ModelSource, allow_remote_code: bool) -> None:
             remedy=tr("choose a text generation model", "请选择文本生成模型"),
         )
     if "own_code" in source.family.quirks and not allow_remote_code:
-        raise ModelError(
-            tr(
-                f"{source.family.name} folders bring their own Python code, and it is not run unless you say so",
-                f"{source.family.name} 的目录自带 Python 代码，未经允许不会运行",
-            ),
-            where=str(source.path),
-            remedy=tr(
-                "read the code, then allow it: allow_remote_code=true",
-                "先读代码，再允许：allow_remote_code=true",
-            ),
-        )
+        raise own_code_refused(source.path)
 
 
 def _load_base(
     folder: Path,
     config: PretrainedConfig,
     dtype: torch.dtype,
-    device: str,
+    placed: dict[str, Any],
     allow_remote_code: bool,
     quantization: Quantization,
 ) -> PreTrainedModel:
@@ -169,12 +175,14 @@ def _load_base(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    placed: dict[str, Any] = {} if device == "cpu" and not quantization else {"device_map": {"": device}}
     if quantization:
         _require_plain(folder, config)
         placed["quantization_config"] = low_bit.transformers_config(quantization, dtype)
     files = weight_files(folder)
     _require_whole(folder, files)
+    offload = placement.OffloadFolder() if placed.get("device_map") == "auto" else None
+    if offload is not None:
+        placed["offload_folder"] = offload.name
     with _weight_errors(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -189,7 +197,15 @@ def _load_base(
         )
     model, info = loaded
     _require_all_used(folder, info)
+    model.offload_folder = offload
     return model
+
+
+def _bytes_in_memory(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Of the weights in the number type they are loaded in."""
+    on_disk = sum(file.stat().st_size for file in weight_files(folder))
+    saved = getattr(config, "dtype", None) or dtype
+    return on_disk * dtype.itemsize // saved.itemsize
 
 
 def _require_plain(folder: Path, config: PretrainedConfig) -> None:

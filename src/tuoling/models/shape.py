@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tuoling.errors import ModelError
+from tuoling.families import own_code_refused
 from tuoling.language import tr
 
 
@@ -35,6 +36,8 @@ def meta_model(folder: Path, *, allow_remote_code: bool = False) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=allow_remote_code)
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
         raise ModelError(
             tr(
                 "transformers cannot build a causal language model from it",

@@ -212,7 +212,7 @@ class Batcher:
         if joining is not None and joining.slot != len(self._answers):
             cache.copy(joining.slot, len(self._answers), joining.done)
             joining.slot = len(self._answers)
-        if leaving and not self._busy:
+        if not self._busy:
             cache.free()
 
     def _step(self) -> None:

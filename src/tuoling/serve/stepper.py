@@ -70,11 +70,11 @@ class Stepper:
             raise Unbatchable(
                 tr("its forward gives logits of all tokens only", "它的 forward 只能给出全部 token 的 logits")
             )
-        self._linears: PackedLinears | None = None
+        self.linears: PackedLinears | None = None
         self._attention.replace()
         try:
             self._examine(slots)
-            self._linears = PackedLinears(base)
+            self.linears = PackedLinears(base)
         except BaseException:
             self.close()
             raise
@@ -82,8 +82,8 @@ class Stepper:
     def close(self) -> None:
         """Leave the model as it was found."""
         self.cache.free()
-        if self._linears is not None:
-            self._linears.undo()
+        if self.linears is not None:
+            self.linears.undo()
         self.adapters.remove()
         self._attention.restore()
 

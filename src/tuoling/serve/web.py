@@ -11,8 +11,6 @@ from tuoling.errors import MissingPackage, UsageError
 from tuoling.language import tr
 from tuoling.serve.web_answer import WebModels
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def web_app(models: WebModels, *, title: str, auth: tuple[str, str] | None = None, local: bool = True) -> Any:
     """The page as an ASGI application. local: it answers only to this machine's own names.
@@ -55,12 +53,12 @@ def require_gradio() -> None:
 
 
 def choose_auth(
-    host: str, user_and_password: str | None, *, asked: bool
+    user_and_password: str | None, *, local: bool, asked: bool
 ) -> tuple[tuple[str, str] | None, bool]:
     """User and password of the page, and whether they were made up just now.
 
-    There are some where somebody set them or asked for them, and wherever other machines can reach the page. Raises
-    UsageError.
+    There are some where somebody set them or asked for them, and wherever other machines can reach the page (not
+    `local`). Raises UsageError.
     """
     if user_and_password:
         user, colon, password = user_and_password.partition(":")
@@ -70,27 +68,9 @@ def choose_auth(
                 where="TUOLING_WEB_AUTH",
             )
         return (user, password), False
-    if host in LOOPBACK and not asked:
+    if local and not asked:
         return None, False
     return ("tuoling", secrets.token_urlsafe(12)), True
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that already has its port, so that "taken" is said before a model is loaded. Port 0: any free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-    except OSError as error:
-        found.close()
-        raise UsageError(
-            tr(f"cannot listen: {error.strerror}", f"无法监听：{error.strerror}"),
-            where=f"{host}:{port}",
-            remedy=tr("--port 0 takes any free one", "用 --port 0 任选空闲端口"),
-        ) from error
-    found.listen(128)
-    return found
 
 
 def address(found: socket.socket) -> str:

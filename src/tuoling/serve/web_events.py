@@ -66,10 +66,12 @@ class Events:
         )
         spoken_parts = [parts.language, *self._labelled(), *changed]
         said = {"fn": None, "inputs": parts.language, "outputs": None, **quiet}
-        parts.speak.click(known_now(self.speak), given, spoken_parts, **now).then(js=web_look.SPEAKS, **said)
+        parts.speak.click(known_now(self.speak), given, spoken_parts, **now).then(
+            js=web_look.speaks(), **said
+        )
         kept = [parts.talk, parts.language, parts.settings]
         page.load(self.restore, kept, spoken_parts, js=web_look.ARRIVE, **now).then(
-            js=web_look.SPEAKS, **said
+            js=web_look.speaks(), **said
         ).then(None, js=web_look.READY, **quiet)
 
     # -- answers -------------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ class Events:
             parts.save: texts.save,
             parts.speak: texts.language,
             parts.controls.reset: texts.reset,
-            parts.box: gr.update(placeholder=texts.ask),
+            parts.box: gr.update(placeholder=texts.ask, label=texts.question),
         }
         for name, knob in parts.controls.knobs.items():
             label, info = texts.knobs[name]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
+
+from tuoling.environment import Language
+from tuoling.serve.web_texts import page_texts
+
+LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 FONTS = (
     "system-ui",
@@ -36,8 +42,8 @@ ARRIVE = """(talk, language, settings) => {
 }"""
 """On the first visit the page speaks the browser's language: a server's locale says nothing about its readers."""
 
-SPEAKS = "(language) => { document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en'; }"
-"""Told to the browser as well: fonts draw Chinese characters the Chinese way, and screen readers read them so."""
+COPY = '[title="Copy message"]'
+"""gradio's own button, which knows one language."""
 
 READY = "() => document.documentElement.classList.add('ready')"
 """The page has become what it was when it was left: what is done from now on stays."""
@@ -54,6 +60,11 @@ _SCRIPT = """<script>
     if (!root.classList.contains('panel-open')) return;
     if (event.target.closest('#panel, #toggle-panel, .options')) return;
     root.classList.remove('panel-open');
+  });
+  document.addEventListener('pointerover', (event) => {   // gradio has no other word for it
+    const button = event.target.closest('[title="Copy message"]');
+    const word = document.documentElement.dataset.copy;
+    if (button && word) { button.title = word; button.setAttribute('aria-label', word); }
   });
 })();
 </script>"""
@@ -73,6 +84,28 @@ BELL = (
     '<path d="M12 4.5c-3.6 0-5 2.7-5.3 6.2L6 17.5h12l-.7-6.8C17 7.2 15.6 4.5 12 4.5z"/><path d="M4.8 17.5h14.4"/>'
     '<circle cx="12" cy="19.8" r="1.5"/></svg>'
 )
+
+
+def speaks() -> str:
+    """Tells the browser which language the page speaks now, and gives a name to what only shows a sign.
+
+    Fonts then draw Chinese characters the Chinese way, and screen readers read them so.
+    """
+    words = {
+        language: {"#toggle-panel": texts.settings, "#dark": texts.light, COPY: texts.copy}
+        for language in LANGUAGES
+        for texts in [page_texts(language)]
+    }
+    return f"""(language) => {{
+      const root = document.documentElement, words = ({json.dumps(words, ensure_ascii=False)})[language];
+      root.lang = language === 'zh' ? 'zh-CN' : language;
+      root.dataset.copy = words['{COPY}'];
+      for (const [name, word] of Object.entries(words))
+        for (const element of document.querySelectorAll(name)) {{
+          element.title = word;
+          element.setAttribute('aria-label', word);
+        }}
+    }}"""
 
 
 def remember(knobs: tuple[str, ...]) -> str:
@@ -103,11 +136,11 @@ def meter(used_tokens: int, limit_tokens: int) -> str:
     """How full the model's context is."""
     share = min(1.0, used_tokens / max(limit_tokens, 1))
     level = "full" if share > 0.9 else "high" if share > 0.7 else "low"
-    label = f"{used_tokens:,} / {limit_tokens:,} tokens"
+    label = f"{used_tokens:,} / {limit_tokens:,}"
     return (
         f'<div class="meter {level}" role="meter" aria-valuemin="0" aria-valuemax="{limit_tokens}" '
-        f'aria-valuenow="{used_tokens}" title="{label}"><span class="bar">'
-        f'<span style="width:{share:.1%}"></span></span><span class="label">{label}</span></div>'
+        f'aria-valuenow="{used_tokens}" title="{label} tokens"><span class="bar">'
+        f'<span style="width:{share:.1%}"></span></span><span class="label">{label}<span class="unit"> tokens</span></span></div>'
     )
 
 

@@ -73,7 +73,7 @@ def _remarks(answer: Answer, beams: bool) -> Sequence[dict[str, Any]]:
     if beams and answer.beams:
         listed = "\n\n".join(f"{number}. {as_markdown(text)}" for number, text in enumerate(answer.beams, 2))
         title = tr(f"Other beams ({len(answer.beams)})", f"其它束（{len(answer.beams)}）")
-        remarks.append({"content": listed, "metadata": {"title": title, "status": "done"}})
+        remarks.append({"content": listed, "metadata": {"title": title}})
     if answer.note:
         title = tr("Failed", "出错") if answer.finish == "error" else tr("Note", "提示")
         remarks.append({"content": as_markdown(answer.note), "metadata": {"title": f"⚠ {title}"}})

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from tuoling.errors import UsageError
 from tuoling.infer.engine import Engine
-from tuoling.language import tr
 from tuoling.serve.web_answer import WebModels
-
-
-def named_adapters(given: Iterable[str]) -> dict[str, str]:
-    """Name → path from `NAME=PATH`; a bare path is called by its folder. Raises UsageError for a name twice."""
-    named: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = short_name(text), text
-        if not name or not path or name in named:
-            raise UsageError(
-                tr(f"{text!r} does not name an adapter of its own", f"{text!r} 没有给出独有的适配器名"),
-                where="--adapter",
-                remedy="--adapter NAME=PATH",
-            )
-        named[name] = path
-    return named
 
 
 def short_name(path: str) -> str:

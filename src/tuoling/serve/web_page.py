@@ -47,6 +47,7 @@ def _lay_out(models: WebModels, language: Language, title: str) -> Parts:
                 with gr.Row(elem_id="ask"):
                     box = gr.Textbox(
                         placeholder=texts.ask,
+                        label=texts.question,
                         show_label=False,
                         container=False,
                         lines=1,

@@ -18,6 +18,7 @@ class PageTexts:
 
     placeholder: str
     ask: str
+    question: str
     send: str
     stop: str
     retry: str
@@ -26,8 +27,9 @@ class PageTexts:
     save: str
     reset: str
     settings: str
+    light: str
+    copy: str
     language: str
-    answers: str
     knobs: dict[str, tuple[str, str]]
 
 
@@ -38,6 +40,7 @@ def page_texts(language: Language) -> PageTexts:
         return PageTexts(
             placeholder=tr("What would you like to know?", "有什么想问的？"),
             ask=tr("Ask something, Enter sends", "输入问题，按 Enter 发送"),
+            question=tr("Question", "问题"),
             send=tr("Send", "发送"),
             stop=tr("Stop", "停止"),
             retry=tr("Retry", "重答"),
@@ -46,8 +49,9 @@ def page_texts(language: Language) -> PageTexts:
             save=tr("Save", "保存"),
             reset=tr("Reset parameters", "恢复默认参数"),
             settings=tr("Settings", "设置"),
+            light=tr("Light or dark", "浅色或深色"),
+            copy=tr("Copy", "复制"),
             language=OTHER[language],
-            answers=tr("Answer", "回答"),
             knobs=_knobs(),
         )
 

@@ -135,6 +135,8 @@ def along_schedule(
     """
     assert found.schedule is not None and found.checkpoint is not None
     config, step = found.loaded.config, found.schedule.step
+    if found.schedule.away is not None:
+        say(_found_in_the_log(found.schedule))
     alone = prepare(config, say=say)
     total = max(found.schedule.total_steps, alone.plan.total_steps)
     same_rows = found.record is not None and "data" in found.record and not changes(found.record, alone)
@@ -178,6 +180,17 @@ def along_schedule(
         )
     return Start(
         optimizer=found.checkpoint, offset=offset, continues={**lineage(found), "offset": asdict(offset)}
+    )
+
+
+def _found_in_the_log(line: Schedule) -> str:
+    """What a Trainer checkpoint, which does not name its schedule, was taken to follow."""
+    away = f"{line.away or 0.0:.1%}"
+    return tr(
+        f"the logged rates are those of: {line.kind}, {line.warmup_steps:,} steps of warm-up, up to "
+        f"{line.learning_rate:g} ({away} away on average); other ones: lr_scheduler_type= warmup_steps=",
+        f"日志中的学习率符合：{line.kind}，预热 {line.warmup_steps:,} 步，最高 {line.learning_rate:g}"
+        f"（平均偏差 {away}）；不对时可指定 lr_scheduler_type= 和 warmup_steps=",
     )
 
 

@@ -76,8 +76,8 @@ class FullyShardedDataParallel(Engine):
         return optimizer_tensors(model, optimizer.optimizer, self._whole)
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        """In one piece on the CPU, in the first rank; empty elsewhere. All ranks send their parts."""
-        gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        """A copy in one piece on the CPU, in the first rank; empty elsewhere. All ranks send their parts."""
+        gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
         return gathered.cpu() if self.ranks.first else torch.empty(0)
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import socket
 import subprocess
@@ -12,32 +11,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from tuoling import environment, files
 from tuoling.errors import TrainingError, TuolingError, UsageError
 from tuoling.language import tr
+from tuoling.train.ending import wait
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
+    from tuoling.train.hosts import OtherMachines
     from tuoling.train.loop import RunResult
     from tuoling.train.prepare import Setup
     from tuoling.train.resume import Start
 
 RANK = (sys.executable, "-m", "tuoling.train.rank")
 PORT = 29500
-POLL_S = 0.1
-GRACE_S = 10.0
-"""What the other ranks get after one has failed: they run into it themselves, each with its own words."""
+SAYS_AFTER_S, UNREACHABLE_S, RETRY_S = 5.0, 60.0, 1.0
+"""Of a machine that waits for the first one: when it says so, and when it gives up on an address that never answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """Processes to start here, and this machine's place among others.
 
-    devices: cards to use, one a process. master: host[:port] of the first machine.
+    devices: cards to use, one a process. master: host[:port] of the first machine. others: machines started from here.
     """
 
     nproc: int = 1
@@ -45,6 +45,15 @@ class Launch:
     nnodes: int = 1
     node_rank: int = 0
     master: str | None = None
+    others: OtherMachines | None = field(default=None, compare=False)
+
+    @property
+    def meeting_point(self) -> tuple[str, int]:
+        """Where the processes find each other; port 0: any free one of this machine."""
+        host, _, port = (
+            (self.master or "").rpartition(":") if ":" in (self.master or "") else (self.master or "", "", "")
+        )
+        return host or "127.0.0.1", int(port) if port.isdigit() else (PORT if self.nnodes > 1 else 0)
 
     @property
     def world_size(self) -> int:
@@ -123,6 +132,8 @@ def train_on(
         config = config.model_copy(update={"output_dir": str(folder), "overwrite_output_dir": False})
     if show_plan:
         show_plan(setup)
+    if launch.node_rank > 0:
+        await_machine_0(*launch.meeting_point, timeout_s=config.timeout_s, say=say)
     with tempfile.TemporaryDirectory(prefix="tuoling-") as name:
         job = Path(name)
         files.write_json(
@@ -132,7 +143,7 @@ def train_on(
         processes = _start(launch, job)
         try:
             with _forwarding(processes) as asked:
-                _wait(processes, launch, job, config, asked)
+                wait(processes, launch, job, config, asked)
         except BaseException as error:
             if launch.node_rank == 0:
                 _note_failure(folder, error)
@@ -141,6 +152,43 @@ def train_on(
             _end(processes)
         done = files.read_json(job / "result.json")
     return RunResult(Path(done["path"]), done["status"], done["results"])
+
+
+def await_machine_0(host: str, port: int, *, timeout_s: float, say: Callable[[str], None]) -> None:
+    """Return when machine 0 listens. It may still be reading its rows; an address nobody answers at is another thing.
+
+    Raises TrainingError.
+    """
+    started, said, refused = time.monotonic(), False, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=RETRY_S).close()
+            return
+        except socket.gaierror as error:
+            why = tr(f"nobody knows the address of {host}", f"无法解析主机名 {host}")
+            raise _no_machine_0(why, host, port) from error
+        except ConnectionRefusedError:
+            refused, why = True, tr("it does not listen yet", "尚未开始监听")
+        except OSError as error:
+            why = error.strerror or tr("no answer", "没有回应")
+        waited = time.monotonic() - started
+        if waited > (timeout_s if refused else min(timeout_s, UNREACHABLE_S)):
+            raise _no_machine_0(why, host, port)
+        if not said and waited > SAYS_AFTER_S:
+            say(tr(f"waiting for machine 0, {host}:{port}: {why}", f"等待 0 号机器 {host}:{port}：{why}"))
+            said = True
+        time.sleep(RETRY_S)
+
+
+def _no_machine_0(why: str, host: str, port: int) -> TrainingError:
+    return TrainingError(
+        tr(f"machine 0 cannot be reached: {why}", f"连不上 0 号机器：{why}"),
+        where=f"--master {host}:{port}",
+        remedy=tr(
+            "start the run there too, with --node-rank 0 and the same --master; the port must be open",
+            "请在那台机器上也启动训练：--node-rank 0，--master 相同；端口须开放",
+        ),
+    )
 
 
 def _require_devices(launch: Launch, device: str) -> None:
@@ -169,15 +217,17 @@ def _require_devices(launch: Launch, device: str) -> None:
 
 def _start(launch: Launch, job: Path) -> list[subprocess.Popen[bytes]]:
     """One process a rank. The first one's words go to the terminal, the others' to a file."""
-    host, _, port = (launch.master or "").partition(":")
+    host, port = launch.meeting_point
     address = {
-        "MASTER_ADDR": host or "127.0.0.1",
-        "MASTER_PORT": port or (str(PORT) if launch.nnodes > 1 else str(_free_port())),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port or _free_port()),
         "WORLD_SIZE": str(launch.world_size),
         "LOCAL_WORLD_SIZE": str(launch.nproc),
         # as many threads as there are cores, not as many for each process
         "OMP_NUM_THREADS": str(max(1, environment.cpu_count() // launch.nproc)),
     }
+    if launch.nnodes > 1 and (interface := environment.interface_towards(host, port)):
+        address["GLOO_SOCKET_IFNAME"] = interface
     if launch.devices:
         address["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.devices))
     processes = []
@@ -242,102 +292,6 @@ def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[i
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _wait(
-    processes: Sequence[subprocess.Popen[bytes]],
-    launch: Launch,
-    job: Path,
-    config: RunConfig,
-    asked: Sequence[int],
-) -> None:
-    """Return when all are done. Raises what the first failing rank says, KeyboardInterrupt where they were `asked` to."""
-    first = launch.node_rank * launch.nproc
-    end = math.inf
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):
-            break
-        if end == math.inf and any(process.poll() == 0 for process in processes):
-            end = time.monotonic() + GRACE_S  # they end together: nothing is left to do for one that lingers
-        time.sleep(POLL_S)
-    killed = [first + n for n, process in enumerate(processes) if (process.poll() or 0) < 0]
-    if not any(process.poll() for process in processes):
-        return
-    end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and any(process.poll() is None for process in processes):
-        time.sleep(POLL_S)
-    hung = [first + n for n, process in enumerate(processes) if process.poll() is None]
-    stacks = {rank: _stack(processes[rank - first], job, rank) for rank in hung}
-    errors = sorted(
-        (files.read_json(path) for path in job.glob("error-*.json")), key=lambda error: error["at"]
-    )
-    if asked and (killed or any(error["kind"] == "KeyboardInterrupt" for error in errors)):
-        raise KeyboardInterrupt
-    raise first_error(errors, killed, stacks, config)
-
-
-def first_error(
-    errors: Sequence[dict[str, Any]], killed: Sequence[int], hung: dict[int, str], config: RunConfig
-) -> TuolingError:
-    """What ended the run, from what each rank left behind (errors in the order of time).
-
-    killed: ranks a signal ended. hung: ranks that neither failed nor ended, and where they are.
-    A rank that only lost the others, or waited for them in vain, is not the one.
-    """
-    own = [error for error in errors if not error["lost"] and error["kind"] != "Elsewhere"]
-    if own and not killed:
-        return _as_error(own[0], config)
-    if killed:
-        names = ", ".join(map(str, killed))
-        return TrainingError(
-            tr(f"rank {names} was killed from outside", f"进程 {names} 被外部终止"),
-            remedy=tr(
-                "most often the system does that when memory runs out: fewer processes, or smaller batches",
-                "最常见的原因是内存不足时被系统终止：减少进程数，或减小批大小",
-            ),
-        )
-    if hung and any(error["waited"] for error in errors):
-        names = ", ".join(map(str, hung))
-        return TrainingError(
-            tr(
-                f"rank {names} did not answer the others for {config.timeout_s} s",
-                f"进程 {names} 有 {config.timeout_s} 秒没有响应其他进程",
-            ),
-            where=next((stack for stack in hung.values() if stack), None),
-            remedy=tr(
-                "if it only was slow, give it longer: timeout_s=SECONDS",
-                "如果只是太慢，可放宽时限：timeout_s=秒数",
-            ),
-        )
-    if errors:
-        return _as_error(errors[0], config)
-    return TrainingError(tr("a process ended without a word", "有进程没有留下任何说明就结束了"))
-
-
-def _as_error(error: dict[str, Any], config: RunConfig) -> TuolingError:
-    rank, problem = error["rank"], error["problem"]
-    said = problem if error["known"] else f"{error['kind']}: {problem}"
-    where = error["where"]
-    if not error["known"] and config.output_dir:
-        path = Path(config.output_dir) / f"rank-{rank}.txt"
-        with suppress(OSError):
-            path.write_text(error["traceback"], encoding="utf-8")
-            where = str(path)
-    return TrainingError(
-        tr(f"rank {rank}: {said}", f"进程 {rank}：{said}"), where=where, remedy=error["remedy"]
-    )
-
-
-def _stack(process: subprocess.Popen[bytes], job: Path, rank: int) -> str:
-    """Where a rank is right now: the innermost lines of its stack; empty if it does not even answer that."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGUSR1)
-    path, end = job / f"stack-{rank}.txt", time.monotonic() + 2.0
-    while time.monotonic() < end:
-        if path.is_file() and (text := path.read_text(encoding="utf-8", errors="replace").strip()):
-            return "\n".join(line.strip() for line in text.splitlines()[1:4])
-        time.sleep(POLL_S)
-    return ""
 
 
 def _note_failure(folder: Path, error: BaseException) -> None:

@@ -34,6 +34,7 @@ from tuoling.train.progress import (
     log_evaluation,
     log_step,
     not_finite,
+    note_evaluation,
     note_step,
 )
 from tuoling.train.ranks import Ranks, join
@@ -135,7 +136,7 @@ def _train_in(
         with Interrupt() as interrupt:
             done = fit(setup, run, parts, interrupt, start)
             parts.fast.uninstall()
-            whole = done.step == setup.plan.total_steps and done.eval_due is None
+            whole = is_whole(done, setup)
             status = "finished" if whole else "interrupted"
             results = _finish(run, setup, parts, done, status, say)
             parts.engine.finish()
@@ -214,12 +215,14 @@ def fit(
     config, plan, start = setup.config, setup.plan, start or Start()
     done, ranks = start.progress(), parts.engine.ranks
     began_at = done.step
-    steps = make_steps(config, setup.train.lengths, ranks.world_size, setup.laid_for, setup.offset)
+    steps = make_steps(config, setup.train.lengths, ranks.world_size, setup.laid_for, setup.offset, setup.mix)
 
     def stop() -> bool:
         return ranks.any(interrupt.asked)
 
     parts.model.train()
+    if setup.watched and done.watch_loss_before is None:
+        done.watch_loss_before = watch(parts, setup, setup.watched)
     if start.checkpoint:
         load_random_state(start.checkpoint, ranks.rank)
     with (
@@ -232,8 +235,9 @@ def fit(
             row = evaluated(parts, setup, done, done.eval_due, stop)
             files.append_jsonl(metrics, row)
             log_evaluation(run, row)
+            note_evaluation(done, config, row)
             improved(done, config, row)
-        while done.step < plan.total_steps and not stop():
+        while done.step < plan.total_steps and not done.stopped_early and not stop():
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)
@@ -250,16 +254,32 @@ def fit(
                 row = evaluated(parts, setup, done, row, stop)
             files.append_jsonl(metrics, row)
             log_step(run, parts.engine.accelerator, row, config.logging_steps, last)
+            note_evaluation(done, config, row)
             if improved(done, config, row) or (done.step % plan.save_steps == 0 and not last):
                 saves.save(done, parts.optimizer, probe(parts, setup, last_rows(steps, done.step)))
             saves.poll()
-        whole = done.step == plan.total_steps and done.eval_due is None
+        whole = is_whole(done, setup)
+        if setup.watched and whole:
+            done.watch_loss_after = watch(parts, setup, setup.watched)
         if not whole and done.step not in (began_at, saves.last_step):
             saves.save(done, parts.optimizer, probe(parts, setup, last_rows(steps, done.step)))
     done.stall_s += saves.stall_s
     if done.step == setup.offset.step:
         raise KeyboardInterrupt
     return done
+
+
+def is_whole(done: Progress, setup: Setup) -> bool:
+    """Whether nothing of the run is left to do."""
+    return (done.step == setup.plan.total_steps or done.stopped_early) and done.eval_due is None
+
+
+def watch(parts: Parts, setup: Setup, rows: Rows) -> float:
+    """The loss of rows that are not trained, said."""
+    loss = evaluate_loss(parts, setup, rows)
+    assert loss is not None
+    console.note(tr(f"watched rows: loss {loss:.4f}", f"监测数据：损失 {loss:.4f}"))
+    return loss
 
 
 def evaluated(

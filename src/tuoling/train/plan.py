@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tuoling import environment
 from tuoling.data.batches import largest_micro_batch_tokens
 from tuoling.errors import OutputError, TrainingError
@@ -19,10 +21,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
-
     from tuoling.config import RunConfig
+    from tuoling.data.mix import Mix
     from tuoling.models.licence import Part
+
+
+@dataclass(frozen=True, slots=True)
+class MixPart:
+    """rows: of a source; taken: of them in an epoch; passes: through the source in the whole run."""
+
+    name: str
+    share: float
+    rows: int
+    taken: int
+    passes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,8 @@ class Plan:
     """Where the learning rate's line ends; `total_steps` where the run goes to its end."""
     checkpoint_bytes: int = 0
     """Of one checkpoint."""
+    mix: tuple[MixPart, ...] = ()
+    """What an epoch takes of each source. `rows` and `tokens` are then those of an epoch."""
 
     def learning_rate(self, step: int, config: RunConfig) -> float:
         """The rate of optimizer step `step` (from 0), as transformers' schedules give it.
@@ -113,6 +127,7 @@ class Plan:
                 ),
             ),
             *shared,
+            *((tr("of", "来自") + f" {part.name}", self._part(part)) for part in self.mix),
             (tr("each step", "每步"), self._each_step()),
             (
                 tr("steps", "总步数"),
@@ -170,6 +185,13 @@ class Plan:
         if self.world_size > 1:
             parts.append(tr(f"over {self.world_size} processes", f"由 {self.world_size} 个进程分担"))
         return tr(", ", "，").join(parts)
+
+    def _part(self, part: MixPart) -> str:
+        return tr(
+            f"{part.share:.1%}: {part.taken:,} of its {part.rows:,} rows each epoch, {part.passes:.3g} times all of it "
+            "in the run",
+            f"{part.share:.1%}：每轮用其 {part.rows:,} 条中的 {part.taken:,} 条，整个训练共 {part.passes:.3g} 遍",
+        )
 
     def _sharing(self) -> str:
         rows = self.rows + self.shared_rows
@@ -280,6 +302,7 @@ def make_plan(
     world_size: int = 1,
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
+    mix: Mix | None = None,
 ) -> Plan:
     """Count steps and the disk they take.
 
@@ -287,18 +310,18 @@ def make_plan(
     Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
     shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
-    rows = len(lengths)
-    if rows == 0:
+    if len(lengths) == 0:
         raise TrainingError(
             tr("no row is left to train on", "没有可训练的数据"),
             remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
         )
+    rows = len(lengths) if mix is None else sum(mix.taken())
     if rows < world_size:
         raise TrainingError(
             tr(f"{world_size} processes and {rows} rows", f"有 {world_size} 个进程，却只有 {rows} 条数据"),
             remedy=tr(f"at most {rows} processes: --nproc {rows}", f"最多 {rows} 个进程：--nproc {rows}"),
         )
-    laid = make_steps(config, lengths, world_size, laid_for, offset)
+    laid = make_steps(config, lengths, world_size, laid_for, offset, mix)
     figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
     schedule = offset.total_steps or steps
     largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
@@ -314,8 +337,8 @@ def make_plan(
     return Plan(
         rows=rows,
         eval_rows=eval_rows,
-        tokens=int(lengths.sum()),
-        learned_tokens=int(learned.sum()),
+        tokens=_in_epoch(lengths, mix),
+        learned_tokens=_in_epoch(learned, mix),
         longest_row=int(lengths.max()),
         rows_per_step=laid.rows_per_step,
         max_tokens_per_batch=budget,
@@ -344,6 +367,26 @@ def make_plan(
         world_size=world_size,
         shared_rows=shared_rows,
         shared_tokens=shared_tokens,
+        mix=_parts(mix, laid.total_rows / rows),
+    )
+
+
+def _in_epoch(counts: np.ndarray, mix: Mix | None) -> int:
+    """The sum over the rows of an epoch; with a mix what it is in the mean of all epochs."""
+    if mix is None:
+        return int(counts.sum())
+    sums = np.bincount(mix.group, weights=counts, minlength=len(mix.names))
+    shares = np.array(mix.taken()) / np.array(mix.rows)
+    return round(float((sums * shares).sum()))
+
+
+def _parts(mix: Mix | None, epochs: float) -> tuple[MixPart, ...]:
+    if mix is None:
+        return ()
+    parts = zip(mix.names, mix.shares, mix.rows, mix.taken(), strict=True)
+    return tuple(
+        MixPart(name, share, rows, taken, round(epochs * taken / rows, 4))
+        for name, share, rows, taken in parts
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuoling import environment
+from tuoling.data.mix import Mix
 from tuoling.data.store import StoreReport, TokenStore
 from tuoling.errors import ConfigError, ModelError
 from tuoling.language import tr
@@ -32,7 +33,7 @@ from tuoling.train.memory import (
 from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan, make_plan
-from tuoling.train.rows import Rows, Say, compile_rows, hold_out, sharing_note
+from tuoling.train.rows import Rows, Say, compile_rows, hold_out, mix_of, sharing_note
 from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 
 if TYPE_CHECKING:
@@ -62,12 +63,15 @@ class Setup:
     laid_for: int = 1
     """Processes the steps were laid for: another number than world_size where a run goes on with more or fewer."""
     offset: Offset = FROM_THE_BEGINNING
+    mix: Mix | None = None
+    watched: Rows | None = None
+    """Rows whose loss is measured before and after, and that are not trained."""
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """The same in all processes that may train together."""
-        held_out = self.held_out.store.key if self.held_out else None
-        return f"{self.config.model_dump_json(exclude={'output_dir'})} {self.train.store.key} {held_out} {self.dtype}"
+        stores = [rows.store.key if rows else None for rows in (self.train, self.held_out, self.watched)]
+        return f"{self.config.model_dump_json(exclude={'output_dir'})} {stores} {self.dtype}"
 
 
 def prepare(
@@ -138,6 +142,11 @@ def prepare(
         train, held_out = Rows(store, np.arange(len(store))), Rows(eval_store, np.arange(len(eval_store)))
     else:
         train, held_out = hold_out(store, config.val_rows(len(store)), config.seed)
+    watched: Rows | None = None
+    if config.watch_data:
+        watch_store, _ = compile_rows(config, config.watch_data, (), tokenizer, template, tell)
+        watched = Rows(watch_store, np.arange(len(watch_store)))
+    mix = mix_of(config, train)
     alone = train
     if config.share_prefixes:
         train = alone.sharing_prefixes()
@@ -159,6 +168,7 @@ def prepare(
         lineage=_lineage(config, source, store),
         laid_for=laid_for,
         offset=offset,
+        mix=mix,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -177,6 +187,8 @@ def prepare(
         world_size=world_size,
         laid_for=laid_for,
         offset=offset,
+        mix=mix,
+        watched=watched,
         notes=kept,
     )
 

@@ -36,6 +36,13 @@ class Progress:
     last_loss: float | None = None
     eval_loss: float | None = None
     best: dict[str, Any] | None = None
+    lowest_eval_loss: float | None = None
+    evaluations_since_lowest: int = 0
+    stopped_early: bool = False
+    """early_stopping_patience is used up: no step comes after this one."""
+    watch_loss_before: float | None = None
+    watch_loss_after: float | None = None
+    """Of the rows of watch_data, with the weights before the first step and after the last."""
     eval_due: dict[str, Any] | None = None
     """The step's row, where its evaluation was broken off by Ctrl-C: a run that goes on makes it first."""
     stall_s: float = 0.0
@@ -96,6 +103,26 @@ def log_evaluation(run: RunFolder, row: dict[str, Any]) -> None:
     console.note(tr("step", "步") + f" {step}  eval loss {row['eval_loss']:.4f}")
 
 
+def note_evaluation(done: Progress, config: RunConfig, row: dict[str, Any]) -> None:
+    """Count evaluations without a new lowest held-out loss, where the run is to stop early by them."""
+    if config.early_stopping_patience is None or "eval_loss" not in row:
+        return
+    loss, lowest = row["eval_loss"], done.lowest_eval_loss
+    if lowest is None or loss < lowest:
+        done.lowest_eval_loss, done.evaluations_since_lowest = loss, 0
+        return
+    done.evaluations_since_lowest += 1
+    done.stopped_early = done.evaluations_since_lowest >= config.early_stopping_patience
+    if done.stopped_early:
+        count, step = done.evaluations_since_lowest, row["step"]
+        console.note(
+            tr(
+                f"step {step}: {count} evaluations without a lower held-out loss than {lowest:.4f}: the run ends here",
+                f"第 {step} 步：连续 {count} 次评估的验证损失都没有低于 {lowest:.4f}，训练到此结束",
+            )
+        )
+
+
 def improved(done: Progress, config: RunConfig, row: dict[str, Any]) -> bool:
     """Note a new lowest held-out loss, if the best weights are wanted at the end."""
     if not config.load_best_model_at_end or "eval_loss" not in row:
@@ -126,6 +153,8 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
         "tokens": done.tokens,
         "learned_tokens": done.learned_tokens,
         "steps": done.step,
+        **({"stopped_early": True} if done.stopped_early else {}),
+        **watched(done),
         "epochs": round(done.rows_seen / setup.plan.rows, 4),
         "seconds": round(done.seconds, 3),
         "checkpoint_stall_s": round(done.stall_s, 3),
@@ -134,6 +163,15 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
         "peak_cuda_gib": round(cuda, 3),
         **({"peak_rss_gib_of_ranks": done.peaks_gib} if len(done.peaks_gib) > 1 else {}),
     }
+
+
+def watched(done: Progress) -> dict[str, float]:
+    """The watched rows' loss before and after, and how much of it training added, as far as they were measured."""
+    before, after = done.watch_loss_before, done.watch_loss_after
+    found = {"watch_loss_before": before, "watch_loss_after": after}
+    if before is not None and after is not None:
+        found["watch_loss_change"] = after / before - 1
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def not_finite(run: RunFolder, setup: Setup, rows: Sequence[int], row: dict[str, Any]) -> TrainingError:

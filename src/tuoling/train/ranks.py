@@ -120,6 +120,11 @@ def join(device: str, timeout_s: int) -> Iterator[Ranks]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(device))
+    if dist.is_initialized():  # Ray Train's; it ends it, too
+        with console.silent(place.rank != 0):
+            yield Ranks(place)
+        dist.barrier()
+        return
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",

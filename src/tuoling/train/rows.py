@@ -13,6 +13,7 @@ import numpy as np
 
 from tuoling import console, environment, files
 from tuoling.data.duplicates import first_of_equal
+from tuoling.data.mix import Mix, make_mix
 from tuoling.data.prefixes import SharedPrefixes, share_prefixes
 from tuoling.data.sources import resolve_sources
 from tuoling.data.store import Example, StoreReport, StoreSettings, TokenStore, compile_store
@@ -118,6 +119,20 @@ def compile_rows(
             tr("no row can be trained on", "没有一条数据可以训练"), where=", ".join([*data, *names])
         )
     return store, report
+
+
+def mix_of(config: RunConfig, rows: Rows) -> Mix | None:
+    """The sources of these rows of `data` and `dataset`, where the config gives them shares."""
+    if config.mix is None:
+        return None
+    names = [([name], ()) for name in config.data] + [((), [name]) for name in config.dataset]
+    weights = [(name, config.mix[name]) for name in (*config.data, *config.dataset)]
+    counts = [
+        len(resolve_sources(data, dataset_dir=config.dataset_dir, dataset_names=listed))
+        for data, listed in names
+    ]
+    source_of_file = np.repeat(np.arange(len(counts)), counts)
+    return make_mix(weights, source_of_file[rows.store.sources[rows.index]])
 
 
 def _in_turn(cache: Path) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuoling.data.batches import PackedOrder, lay, split_over_ranks
+from tuoling.data.mix import Mix, order_of
 from tuoling.data.sampler import SampleOrder
 
 if TYPE_CHECKING:
@@ -46,10 +47,12 @@ class RowSteps:
         config: RunConfig,
         lengths: np.ndarray,
         rows_per_step: int,
+        order: SampleOrder,
+        *,
         world_size: int,
-        offset: Offset = FROM_THE_BEGINNING,
+        offset: Offset,
     ) -> None:
-        rows = len(lengths)
+        rows = order.num_rows
         self._size = min(rows, rows_per_step)
         self.rows_per_step: int | None = self._size
         self.max_tokens = config.max_tokens_per_batch
@@ -64,8 +67,7 @@ class RowSteps:
         if offset.total_steps is not None:
             self.total = offset.stop or offset.total_steps
             self.total_rows = (self.total - self.first) * self._size
-        self._lengths, self.world_size = lengths, world_size
-        self._order = SampleOrder(rows, config.seed)
+        self._lengths, self.world_size, self._order = lengths, world_size, order
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
@@ -81,23 +83,25 @@ class RowSteps:
 class PackSteps:
     """Steps of so many packs of up to `max_tokens_per_batch` tokens, over all ranks.
 
-    Every row is in one pack of each epoch. A fraction of an epoch is the fewest packs that hold so many rows.
+    Every row of an epoch is in one pack of it. A fraction of an epoch is the fewest packs that hold so many rows.
     """
 
     def __init__(
         self,
         config: RunConfig,
         lengths: np.ndarray,
+        order: SampleOrder,
+        *,
         world_size: int,
         laid_for: int,
-        offset: Offset = FROM_THE_BEGINNING,
+        offset: Offset,
     ) -> None:
         assert config.max_tokens_per_batch is not None
         self.rows_per_step: int | None = None
         self.rows_at_once = len(lengths)
         self.max_tokens: int | None = config.max_tokens_per_batch
-        self._packs = PackedOrder(lengths, config.seed, config.max_tokens_per_batch)
-        in_epoch = self._packs.packs_of(len(lengths))
+        self._packs = PackedOrder(lengths, config.seed, config.max_tokens_per_batch, order)
+        in_epoch = self._packs.packs_of(order.num_rows)
         self._size = min(in_epoch, config.gradient_accumulation_steps * laid_for)
         self.per_epoch = math.ceil(in_epoch / self._size)
         self.first = offset.step
@@ -109,7 +113,7 @@ class PackSteps:
             if config.max_steps > 0:
                 self._end = config.max_steps * self._size
             else:
-                self._end = self._packs.packs_of(whole_rows(config, len(lengths)))
+                self._end = self._packs.packs_of(whole_rows(config, order.num_rows))
             self.total = math.ceil(self._end / self._size)
         self.total_rows = self._packs.rows_before(self._end) - self._packs.rows_before(self._begin)
         self._lengths, self.world_size = lengths, world_size
@@ -131,6 +135,7 @@ def make_steps(
     world_size: int = 1,
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
+    mix: Mix | None = None,
 ) -> Steps:
     """The steps of a run over rows of these lengths.
 
@@ -138,10 +143,11 @@ def make_steps(
     steps, their rows and the schedule stay what they were.
     """
     laid_for = world_size if laid_for is None else laid_for
+    order = order_of(len(lengths), config.seed, mix)
     rows_per_step = config.rows_per_step(laid_for)
     if rows_per_step is None:
-        return PackSteps(config, lengths, world_size, laid_for, offset)
-    return RowSteps(config, lengths, rows_per_step, world_size, offset)
+        return PackSteps(config, lengths, order, world_size=world_size, laid_for=laid_for, offset=offset)
+    return RowSteps(config, lengths, rows_per_step, order, world_size=world_size, offset=offset)
 
 
 def whole_rows(config: RunConfig, rows: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,31 @@ STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.p
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Where a learning rate's line stands. learning_rate: its peak. warmup_steps, kind: as far as the log shows them."""
+    """Where a learning rate's line stands. learning_rate: its peak.
+
+    away: how far the logged rates are from this line on average, as a share of the peak, where it was found from them.
+    """
 
     step: int
     total_steps: int
     learning_rate: float
     warmup_steps: int
     kind: str
+    away: float | None = None
+
+    def rate(self, step: float) -> float:
+        """The line after `step` steps."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.learning_rate * _FALLS[self.kind](done)
+
+
+_FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda done: 1.0,
+}
 
 
 def is_trainer_checkpoint(folder: Path) -> bool:
@@ -48,36 +67,42 @@ def trainer_schedule(folder: Path) -> Schedule:
         for row in state.get("log_history", [])
         if isinstance(row, dict) and "learning_rate" in row and isinstance(row.get("step"), int)
     ]
-    peaks = _load(folder / SCHEDULER).get("base_lrs", []) if (folder / SCHEDULER).is_file() else []
-    peak = float(peaks[0]) if peaks else max((rate for _, rate in log), default=0.0)
+    saved = _load(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
+    peak = float((saved.get("base_lrs") or [max((rate for _, rate in log), default=0.0)])[0])
     if peak <= 0.0:
         raise _unreadable(folder, tr("no learning rate", "没有学习率"))
-    warmup = 0
-    if len(log) > 1 and log[1][1] > log[0][1] > 0:  # the log begins while the rate rises, in a line from 0
-        warmup = round(log[0][0] * peak / log[0][1])
-    kind = _kind(log, peak, warmup, total)
-    if (
-        kind == "linear" and not warmup and log and 0.0 < log[-1][1] < peak
-    ):  # over before the first logged step
-        at, rate = log[-1]
-        warmup = max(0, round(total - (total - at) * peak / rate))
-    return Schedule(step, total, peak, warmup, kind)
+    now = [(step, float(rate)) for rate in saved.get("_last_lr", [])[:1]]
+    return _nearest(Schedule(step, total, peak, 0, "linear"), log, now)
 
 
-def _kind(log: list[tuple[int, float]], peak: float, warmup: int, total: int) -> str:
-    """The schedule whose line is nearest to the logged rates after the warm-up."""
-    lines = {
-        "linear": lambda done: 1.0 - done,
-        "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-        "constant": lambda done: 1.0,
-    }
-    after = [(at, rate) for at, rate in log if at > warmup]
+def _nearest(begun: Schedule, log: Sequence[tuple[int, float]], now: Sequence[tuple[int, float]]) -> Schedule:
+    """The line nearest to the rates in the log and to the next one. Where several are equally near, the simplest.
 
-    def away(kind: str) -> float:
-        points = (((at - warmup) / max(1, total - warmup), rate) for at, rate in after)
-        return sum(abs(peak * lines[kind](done) - rate) for done, rate in points)
+    The Trainer of 2023 logged the rate of the next step beside a step, today's logs the one the step was taken with.
+    """
+    found: list[tuple[float, int, int, Schedule]] = []
+    for late in (0, 1):
+        points = [(at - late, rate) for at, rate in log if at > 0] + list(now)
+        for order, kind in enumerate(_FALLS):
+            for warmup in _warmups(begun, kind, points):
+                line = replace(begun, kind=kind, warmup_steps=warmup)
+                away = sum(abs(line.rate(at) - rate) for at, rate in points)
+                share = away / max(1, len(points)) / begun.learning_rate
+                found.append((round(share, 6), order, warmup, replace(line, away=share)))
+    return min(found, key=lambda each: each[:3])[3]
 
-    return min(lines, key=away)
+
+def _warmups(begun: Schedule, kind: str, points: Sequence[tuple[int, float]]) -> set[int]:
+    """Lengths of the warm-up that put one of the first points on its rise, or the last one on the fall after it."""
+    total, peak = begun.total_steps, begun.learning_rate
+    rising = [round(at * peak / rate) for at, rate in points[:3] if at > 0 and rate > 0]
+    falling = []
+    for at, rate in points[-1:]:
+        share = min(1.0, max(0.0, rate / peak))
+        done = {"linear": 1.0 - share, "cosine": math.acos(2.0 * share - 1.0) / math.pi}.get(kind, 1.0)
+        if done < 1.0:
+            falling.append(round((at - done * total) / (1.0 - done)))
+    return {0, *(steps for steps in (*rising, *falling) if 0 <= steps <= total)}
 
 
 def trainer_optimizer(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -257,7 +257,7 @@ class Zero(Engine):
 
         gathered = safe_get_full_fp32_param(tensor)
         if gathered is None:
-            gathered = tensor.detach()
+            gathered = tensor.detach().clone()
         return gathered.cpu() if self.ranks.first else torch.empty(0)
 
     def load_optimizer(self, model: nn.Module, optimizer: Any, saved: dict[str, Tensor]) -> None:

@@ -59,7 +59,7 @@ def _check_against_base(adapter: Adapter, options: ConvertOptions, notes: list[s
         )
         return None
     source = find_model(str(named))
-    wrap(meta_model(source.weights_path), adapter)
+    wrap(meta_model(source.weights_path, allow_remote_code=options.allow_remote_code), adapter)
     notes.append(
         tr(
             f"every tensor fits the base {source.weights_path}",

@@ -20,7 +20,7 @@ from tuoling.errors import TuolingError, UsageError
 from tuoling.files import cannot_write, read_json, require_writable
 from tuoling.infer import gguf_keys
 from tuoling.language import tr
-from tuoling.models.licence import of_model, to_json
+from tuoling.models.licence import of_model, to_json, without_places
 from tuoling.models.licence_answer import one_licence
 from tuoling.models.source import ModelSource, find_model
 from tuoling.models.tokenizers import load_tokenizer
@@ -223,7 +223,7 @@ def _write_general(writer: Any, source: ModelSource, outtype: str, *, lacks_byte
         "data_key": data.get("key"),
         "seed": run.get("seed"),
         "unchecked": "no byte tokens" if lacks_bytes else None,
-        "lineage": to_json(parts),
+        "lineage": to_json(without_places(parts)),
     }
     writer.add_string(
         gguf_keys.PROVENANCE, json.dumps({k: v for k, v in record.items() if v}, ensure_ascii=False)

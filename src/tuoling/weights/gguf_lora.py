@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tuoling.errors import ModelError, UsageError
+from tuoling.infer import gguf_keys
 from tuoling.language import tr
 from tuoling.models.adapter_reading import Adapter, read_adapter
 from tuoling.models.adapters import some
+from tuoling.models.licence import of_model, to_json, without_places
+from tuoling.models.licence_answer import one_licence
 from tuoling.models.source import find_model
 from tuoling.weights.convert import ConvertOptions, Report
 from tuoling.weights.gguf_families import GgufFamily, Sizes, gguf_family, gguf_module, read_sizes, row_order
@@ -43,6 +47,11 @@ def convert_adapter(source: Path, out: Path, options: ConvertOptions) -> Report:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(adapter.config["lora_alpha"]))
         writer.add_name(found.run_folder.name)
+        parts = of_model(found)
+        if licence := one_licence(parts):
+            writer.add_license(licence)
+        record = {"lineage": to_json(without_places(parts))}
+        writer.add_string(gguf_keys.PROVENANCE, json.dumps(record, ensure_ascii=False))
 
     size = write_gguf(
         out, family.arch, metadata, plans, TensorsInMemory(adapter.tensors), allow_nan=options.allow_nan

@@ -60,4 +60,12 @@ def verify(
     before = Weights(source.weights_path, adapters)
     lossless = outtype == "f32"
     bound = None if lossless else _BOUNDS.get(outtype[:2], Bound())
-    return gate(before, GgufLogits(out), lossless=lossless, bound=bound, record=record_of(out)), []
+    parity = gate(
+        before,
+        GgufLogits(out),
+        lossless=lossless,
+        bound=bound,
+        record=record_of(out),
+        allow_remote_code=allow_remote_code,
+    )
+    return parity, []

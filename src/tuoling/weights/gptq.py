@@ -108,7 +108,7 @@ def _quantize(
     say: Say,
     step: Callable[[int, int], None],
 ) -> QuantizeReport:
-    plain = plain_folder(source, work.folder, say=say)
+    plain = plain_folder(source, work.folder, allow_remote_code=options.allow_remote_code, say=say)
     layers = linear_names(plain, allow_remote_code=options.allow_remote_code)
     report = QuantizeReport(out, options, len(layers), 0, _size(plain))
     report.notes += _width_notes(layers, options)

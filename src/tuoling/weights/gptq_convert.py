@@ -20,7 +20,14 @@ from tuoling.weights.gptq_old import OldLayer, OldQuantizedWeights, Survey, Unpa
 from tuoling.weights.gptq_packing import PackedLinear, pack_zeros
 from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
+from tuoling.weights.tensors import (
+    SafetensorsWriter,
+    TensorInfo,
+    TensorSource,
+    copy_code,
+    copy_companions,
+    open_weights,
+)
 
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
 """Buffers that old files carry and that are computed now."""
@@ -35,7 +42,7 @@ def convert_old_gptq(source: Path, out: Path, options: ConvertOptions) -> Report
     """
     base = _base_folder(options.base)
     tensors = open_weights(source)
-    model = meta_model(base)
+    model = meta_model(base, allow_remote_code=options.allow_remote_code)
     layers = layers_of(tensors, linear_shapes(model), source)
     plain = _plain_names(tensors, layers, model, source)
     survey = Survey()
@@ -65,6 +72,8 @@ def convert_old_gptq(source: Path, out: Path, options: ConvertOptions) -> Report
                     writer.write(f"{layer.name}.{part}", getattr(parts, part))
         _write_configs(base, folder, form, dtype)
         copy_companions(base, folder)
+        if options.allow_remote_code:
+            copy_code(base, folder)
         _compare(OldQuantizedWeights(source, model), QuantizedWeights(folder, form), folder)
         before = Weights(source, described_by=folder, multiply_out=True)
         parity = prove(before, Weights(folder, multiply_out=True), folder, options)

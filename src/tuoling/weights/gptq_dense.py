@@ -13,7 +13,7 @@ from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
 from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_companions
+from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_code, copy_companions
 
 
 def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
@@ -45,6 +45,8 @@ def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
         copy_companions(source, folder)
+        if options.allow_remote_code:
+            copy_code(source, folder)
         parity = prove(Weights(source, multiply_out=True), folder, folder, options)
     count = len(weights.layers)
     notes = [

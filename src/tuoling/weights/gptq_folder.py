@@ -30,10 +30,19 @@ from tuoling.weights.gptq_format import (
 from tuoling.weights.gptq_options import QuantizeOptions
 from tuoling.weights.rewrite import convert_huggingface
 from tuoling.weights.rtn import quantise
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
+from tuoling.weights.tensors import (
+    SafetensorsWriter,
+    TensorInfo,
+    TensorSource,
+    copy_code,
+    copy_companions,
+    open_weights,
+)
 
 
-def plain_folder(source: ModelSource, work: Path, *, say: Callable[[str], None]) -> Path:
+def plain_folder(
+    source: ModelSource, work: Path, *, allow_remote_code: bool = False, say: Callable[[str], None]
+) -> Path:
     """A model folder of safetensors with a tokenizer.json, below `work`: adapters merged, pickles written anew.
 
     Where the source is one already, its files are linked, not copied.
@@ -44,7 +53,7 @@ def plain_folder(source: ModelSource, work: Path, *, say: Callable[[str], None])
             from tuoling.weights.merge import Weighted, merge
 
             say(tr("merging the adapter into its base", "正在把适配器合并进基座"))
-            merge((Weighted(source),), folder, say=say)
+            merge((Weighted(source),), folder, allow_remote_code=allow_remote_code, say=say)
         return folder
     weights = source.weights_path
     if folder.exists():  # an interrupted call made it
@@ -61,6 +70,8 @@ def plain_folder(source: ModelSource, work: Path, *, say: Callable[[str], None])
         making.rename(folder)
     for place in (source.path, source.run_folder, weights):
         copy_companions(place, folder)
+    if allow_remote_code:
+        copy_code(weights, folder)
     load_tokenizer(source, for_training=False).hf.save_pretrained(folder)
     return folder
 
@@ -116,6 +127,8 @@ def write_quantised(
     write_json(folder / "config.json", config)
     write_json(folder / QUANTIZE_CONFIG, config["quantization_config"])
     copy_companions(plain, folder)
+    if options.allow_remote_code:
+        copy_code(plain, folder)
     return form
 
 

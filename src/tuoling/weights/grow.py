@@ -31,7 +31,7 @@ from tuoling.weights.prune_files import tokenizer_home, write_renumbered
 from tuoling.weights.prune_spm import SPM_NAMES, read_proto
 from tuoling.weights.prune_tokenizer import TokenizerState
 from tuoling.weights.prune_weights import WordTensors, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, open_weights
+from tuoling.weights.tensors import TensorSource, copy_code, open_weights
 from tuoling.weights.vocabulary_map import renumber_config
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def grow_vocab(
     rows: Sequence[str] = (),
     verify: bool = True,
     allow_nan: bool = False,
+    allow_remote_code: bool = False,
     say: Callable[[str], None] = console.note,
 ) -> GrowReport:
     """Write `out`: the model with the words of the sentencepiece file `spm` besides its own.
@@ -94,7 +95,7 @@ def grow_vocab(
             remedy=tr("merge it first: tuoling merge", "请先合并：tuoling merge"),
         )
     weights = open_weights(source.path)
-    words = word_tensors(source, weights)
+    words = word_tensors(source, weights, allow_remote_code=allow_remote_code)
     full = load_tokenizer(source, for_training=False)
     growth = plan_growth(full, read_proto(spm), source.path, words.rows)
     say(
@@ -107,11 +108,20 @@ def grow_vocab(
     )
     with atomic_folder(out) as folder:
         grown = _write_settings(source, full, growth, spm, folder)
+        if allow_remote_code:
+            copy_code(source.path, folder)
         rows_after = len(growth.old_ids)
         _write_weights(weights, words, growth, folder, allow_nan)
         verdict = None
         if verify:
-            verdict = parity.gate(source.path, folder, lossless=True, vocabulary=growth.old_ids, say=say)
+            verdict = parity.gate(
+                source.path,
+                folder,
+                lossless=True,
+                vocabulary=growth.old_ids,
+                allow_remote_code=allow_remote_code,
+                say=say,
+            )
         else:
             parity.skipped(folder)
         characters, before, after = _measure(source, full, grown, rows)

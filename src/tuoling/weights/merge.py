@@ -24,6 +24,7 @@ from tuoling.weights.tensors import (
     SafetensorsWriter,
     TensorInfo,
     TensorSource,
+    copy_code,
     copy_companions,
     non_finite,
     open_weights,
@@ -305,8 +306,7 @@ def _write_beside(merged: Merged, place: Path, *, allow_remote_code: bool) -> No
     else:
         copy_companions(source.weights_path, place)
     if allow_remote_code:
-        for file in source.weights_path.glob("*.py"):
-            shutil.copyfile(file, place / file.name)
+        copy_code(source.weights_path, place)
     record = {
         "template": source.template,
         "stops": list(source.stops) or None,

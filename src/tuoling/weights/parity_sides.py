@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tuoling.families import own_code_refused
 from tuoling.language import tr
 from tuoling.models.adapter_reading import read_adapter
 from tuoling.models.adapters import wrap
@@ -160,19 +161,25 @@ def open_side(weights: Weights) -> TensorSource:
         if form is not None:
             return QuantizedWeights(path, form)
         assert weights.described_by is not None
-        return OldQuantizedWeights(path, meta_model(weights.described_by))
+        return OldQuantizedWeights(
+            path, meta_model(weights.described_by, allow_remote_code=weights.allow_remote_code)
+        )
     return open_weights(path)
 
 
 def read_config(weights: Weights) -> Any:
-    """The model's config."""
+    """The model's config. Raises ModelError where only code that was not allowed can read it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        weights.described_by or weights.folder,
-        local_files_only=True,
-        trust_remote_code=weights.allow_remote_code,
-    )
+    folder = weights.described_by or weights.folder
+    try:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=weights.allow_remote_code
+        )
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise own_code_refused(folder) from error
+        raise
 
 
 def streamable_config(weights: Weights) -> Any:

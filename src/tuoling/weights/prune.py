@@ -43,7 +43,7 @@ from tuoling.weights.prune_report import (
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_tokenizer import SPECIAL_NAMES, TokenizerState
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, open_weights
+from tuoling.weights.tensors import TensorSource, copy_code, open_weights
 from tuoling.weights.vocabulary_map import VocabularyMap, renumber_config, token_ids_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def prune_vocab(
     _require_room(out, options)
     source = _whole_model(model)
     weights = open_weights(source.path)
-    words = word_tensors(source, weights)
+    words = word_tensors(source, weights, allow_remote_code=options.allow_remote_code)
     full = load_tokenizer(source, for_training=False)
     template, why = choose_template(
         requested=options.template,
@@ -224,6 +224,8 @@ class _Pruning:
             changed = renumber_config(read_json(generation), new_of, len(found))
             write_json(folder / "generation_config.json", changed)
         write_tokenizer_files(self.source, self.full, self.state, found, folder)
+        if self.options.allow_remote_code:
+            copy_code(self.source.path, folder)
         found.write(folder)
 
     def _held_out(
@@ -275,6 +277,7 @@ class _Pruning:
             lossless=True,
             probes=self._probes(found) or None,
             vocabulary=found.old_ids.tolist(),
+            allow_remote_code=self.options.allow_remote_code,
             say=self.say,
         )
 
@@ -286,8 +289,12 @@ class _Pruning:
             return None, None
         rows = self._rows(self.options.held_out or self.options.keep)
         texts = short_rows(rows, self.full)
-        before = score(Weights(self.source.path), self.full, texts, kept=found.old_ids)
-        after = score(Weights(folder), smaller, texts)
+        full, small = (
+            Weights(place, allow_remote_code=self.options.allow_remote_code)
+            for place in (self.source.path, folder)
+        )
+        before = score(full, self.full, texts, kept=found.old_ids)
+        after = score(small, smaller, texts)
         self.say(score_line(before, after))
         return before, after
 

@@ -23,6 +23,7 @@ class PruneOptions:
     min_count: tokens that stand less often in the rows are left out; those rows then come out otherwise.
     size:      so many tokens, the most frequent first.
     verify:    compare the logits of both models; off is recorded.
+    allow_remote_code: the model's own Python code may be run.
     """
 
     keep: Sequence[str]
@@ -35,6 +36,7 @@ class PruneOptions:
     columns: Mapping[str, str] | None = None
     verify: bool = True
     allow_nan: bool = False
+    allow_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tuoling.weights.parity import PROBES, Beside, Weights
 from tuoling.weights.prune_corpus import Rows
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, copy_companions, open_weights
+from tuoling.weights.tensors import TensorSource, copy_code, copy_companions, open_weights
 from tuoling.weights.vocabulary_map import MAP_FILE, VocabularyMap, renumber_config
 
 REPORT_FILE = "restore.json"
@@ -64,6 +64,7 @@ def restore_vocab(
     *,
     held_out: Sequence[str] = (),
     verify: bool = True,
+    allow_remote_code: bool = False,
     say: Callable[[str], None] = console.note,
 ) -> RestoreReport:
     """Write `out`: the adapter for the full model, or the full model with every row that was trained.
@@ -80,20 +81,21 @@ def restore_vocab(
         raise ModelError(tr("the full model is an adapter", "所给的完整模型是适配器"), where=str(whole.path))
     found = VocabularyMap.read(_map_folder(trained))
     weights = open_weights(whole.path)
-    words = word_tensors(whole, weights)
+    words = word_tensors(whole, weights, allow_remote_code=allow_remote_code)
     _require_same_model(found, whole, weights, words)
     with atomic_folder(out) as folder:
         if trained.is_adapter:
             _restore_adapter(trained, whole, found, words, folder)
-            restored = Weights(whole.path, (Beside(folder),))
+            restored = Weights(whole.path, (Beside(folder),), allow_remote_code=allow_remote_code)
         else:
-            _restore_model(trained, whole, found, weights, words, folder)
-            restored = Weights(folder)
+            _restore_model(trained, whole, found, weights, words, folder, allow_remote_code=allow_remote_code)
+            restored = Weights(folder, allow_remote_code=allow_remote_code)
         before = after = None
         texts, where = _texts(trained, whole, held_out)
         if verify:
             tokenizer = load_tokenizer(whole, for_training=False)
-            before = score(Weights(whole.path), tokenizer, texts, kept=found.old_ids)
+            unchanged = Weights(whole.path, allow_remote_code=allow_remote_code)
+            before = score(unchanged, tokenizer, texts, kept=found.old_ids)
             after = score(restored, tokenizer, texts, kept=found.old_ids)
         kind = "adapter" if trained.is_adapter else "model"
         report = RestoreReport(out, kind, len(found), found.full_rows, before, after, where)
@@ -218,9 +220,11 @@ def _restore_model(
     full: TensorSource,
     full_words: WordTensors,
     folder: Path,
+    *,
+    allow_remote_code: bool,
 ) -> None:
     small = open_weights(trained.path)
-    words = word_tensors(trained, small)
+    words = word_tensors(trained, small, allow_remote_code=allow_remote_code)
     if words.rows != len(found):
         raise ModelError(
             tr(
@@ -240,6 +244,8 @@ def _restore_model(
     config = renumber_config(trained.config, found.old_of(), found.full_rows)
     write_json(folder / "config.json", config)
     _write_settings(trained, whole, found, folder, {})
+    if allow_remote_code:
+        copy_code(whole.path, folder)
 
 
 def _write_settings(

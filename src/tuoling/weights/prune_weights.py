@@ -12,6 +12,7 @@ import torch
 
 from tuoling.errors import ModelError
 from tuoling.language import tr
+from tuoling.models.shape import meta_model
 from tuoling.weights.tensors import (
     SHARD_SIZE_BYTES,
     SafetensorsWriter,
@@ -45,9 +46,12 @@ class WordTensors:
         return (self.embedding, *self.head)
 
 
-def word_tensors(source: ModelSource, weights: TensorSource) -> WordTensors:
+def word_tensors(
+    source: ModelSource, weights: TensorSource, *, allow_remote_code: bool = False
+) -> WordTensors:
     """Find them by the model's own input and output embeddings. Raises ModelError where that is not certain."""
-    model = _empty_model(source)
+    model = meta_model(source.path, allow_remote_code=allow_remote_code)
+    model.tie_weights()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = int(embedding.weight.shape[0])
     others = [
@@ -82,22 +86,6 @@ def word_tensors(source: ModelSource, weights: TensorSource) -> WordTensors:
                 ),
             )
     return names
-
-
-def _empty_model(source: ModelSource) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if "own_code" in source.family.quirks:
-        raise _unclear(source.path, tr("the model brings code of its own", "该模型自带代码"))
-    try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError) as error:
-        raise _unclear(source.path, str(error).splitlines()[0]) from error
-    model.tie_weights()
-    return model
 
 
 def _word_parameters(head: Any, rows: int) -> list[torch.Tensor]:

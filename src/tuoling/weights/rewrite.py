@@ -17,6 +17,7 @@ from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.tensors import (
     SafetensorsWriter,
     TensorInfo,
+    copy_code,
     copy_companions,
     non_finite,
     open_weights,
@@ -82,6 +83,8 @@ def convert_huggingface(source: Path, out: Path, options: ConvertOptions) -> Rep
                 writer.write(name, cast(name, tensor, dtype, allow_nan=options.allow_nan, where=source))
         write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
         copy_companions(source, folder)
+        if options.allow_remote_code:
+            copy_code(source, folder)
         parity = prove(source, folder, folder, options)
     return Report(out, tensors=len(infos), size_bytes=size, notes=notes, parity=parity)
 

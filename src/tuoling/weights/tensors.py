@@ -477,3 +477,9 @@ def copy_companions(source: Path, out: Path) -> list[str]:
                 shutil.copyfile(file, out / file.name)
                 copied.append(file.name)
     return copied
+
+
+def copy_code(source: Path, out: Path) -> None:
+    """Copy a model's own Python code beside its weights, where it was allowed to run: the result needs it too."""
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, out / file.name)
