@@ -24,10 +24,17 @@ from tuoling.text.conversation import Conversation, Turn
 from tuoling.train.loop import train
 
 
-def fake_run(folder: Path, rows: int, right: int, *, count: int = 10, metric: str = "exact_match") -> Path:
+def fake_run(
+    folder: Path, rows: int, right: int, *, count: int = 10, metric: str = "exact_match", other: str = ""
+) -> Path:
     """A run on `rows` rows whose tuned side has the first `right` of 2 x count questions; the base has none."""
     items = [
-        Item(f"t:{n}", "数学" if n < count else "code", Conversation((Turn("user", f"问{n}"),)), "答")
+        Item(
+            f"t:{n}",
+            "数学" if n < count else "code",
+            Conversation((Turn("user", f"问{n // 2}{other}"),)),
+            "答",
+        )
         for n in range(2 * count)
     ]
     values: dict[str, list[float]] = {
@@ -79,6 +86,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare([one, fake_run(tmp_path / "more", 200, 5, count=11)])
     with pytest.raises(DataError, match="not comparable: headline exact_match and rouge_l"):
         compare([one, fake_run(tmp_path / "other", 200, 5, metric="rouge_l")])
+    with pytest.raises(DataError, match="not comparable: other questions"):
+        compare([one, fake_run(tmp_path / "asked", 200, 5, other="？")])
     assert not list(tmp_path.glob("**/comparison.json"))
 
 
@@ -90,7 +99,7 @@ def test_the_command_needs_no_suite(tmp_path: Path) -> None:
     assert [run["name"] for run in json.loads(result.stdout)["runs"]] == ["base", "a", "b"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_trains_each_share_once(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", sum_rows(16))
     held_out = write_rows(tmp_path / "test.jsonl", sum_rows(6, start=100))

@@ -40,7 +40,7 @@ def test_longest_common_subsequence() -> None:
 
 
 def test_rouge_l_is_rouge_chineses_own_figure() -> None:
-    jieba = pytest.importorskip("jieba", reason="needs the extra evaluate")
+    jieba = pytest.importorskip("jieba", reason="needs the extra eval")
     rouge = pytest.importorskip("rouge_chinese", reason="the oracle, in the extra dev")
     pairs = [
         ("今天天气很好，我们去公园散步。", "今天天气不错，大家去公园里散步吧。"),
@@ -57,7 +57,7 @@ def test_rouge_l_is_rouge_chineses_own_figure() -> None:
 
 
 def test_character_bleu() -> None:
-    pytest.importorskip("sacrebleu", reason="needs the extra evaluate")
+    pytest.importorskip("sacrebleu", reason="needs the extra eval")
     assert char_bleu("今天天气很好", "今天天气很好") == pytest.approx(1.0)
     # 6 characters, 5 right; pairs 4 of 5, threes 3 of 4, fours 2 of 3; as long as the reference
     assert char_bleu("今天天气很差", "今天天气很好") == pytest.approx((5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)

@@ -37,11 +37,15 @@ class Entry:
         value = found.get(metric, {}).get(self.side)
         return None if value is None else float(value["mean"])
 
-    def values(self, metric: str) -> dict[str, tuple[str, float]]:
-        """Question → (class, score)."""
+    def questions(self) -> list[str]:
+        """In the file's order."""
+        return [str(row["question"]) for row in item_rows(self.folder)]
+
+    def values(self, metric: str) -> dict[int, tuple[str, float]]:
+        """Number of the question → (class, score). The last question of a dialogue may stand there many times."""
         return {
-            str(row["question"]): (str(row["class"]), float(row[self.side][metric]))
-            for row in item_rows(self.folder)
+            number: (str(row["class"]), float(row[self.side][metric]))
+            for number, row in enumerate(item_rows(self.folder))
             if row.get(self.side, {}).get(metric) is not None
         }
 
@@ -190,10 +194,11 @@ def _require_same(entries: Sequence[Entry]) -> None:
                     where=f"{first.folder}, {other.folder}",
                     remedy=tr("evaluate both in the same way", "请用同样的方式评测"),
                 )
-        if list(first.scores["classes"]) != list(other.scores["classes"]):
+        if first.questions() != other.questions():
             raise DataError(
-                tr("not comparable: other classes", "不可比：类别不同"),
+                tr("not comparable: other questions", "不可比：题目不同"),
                 where=f"{first.folder}, {other.folder}",
+                remedy=tr("evaluate both on the same file", "请用同一个文件评测"),
             )
 
 

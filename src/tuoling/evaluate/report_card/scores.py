@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -17,6 +18,10 @@ WHY: Mapping[str, tuple[str, str, str]] = {
     "random": ("随机", "by chance", "cannot"),
 }
 """Why an example is shown, and its colour."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""What an untrained model may say and HTML may not hold."""
 
 
 def suite_section(suite: Suite) -> str:
@@ -78,7 +83,8 @@ def _bars(scores: Mapping[str, Any], metric: str, sides: Sequence[str]) -> str:
 
 
 def _head(sides: Sequence[str]) -> list[str]:
-    more = [both("差值（95% 区间）", "difference (95 %)"), ""] if len(sides) == 2 else []
+    level = f"<span class=interval>{both('（95% 区间）', ' (95 %)')}</span>"
+    more = [both("差值", "difference") + level, ""] if len(sides) == 2 else []
     return [*(in_both(SIDES, side) for side in sides), *more]
 
 
@@ -206,4 +212,5 @@ def _example(one: Example, suite: Suite) -> str:
 
 
 def _short(text: str, most: int = 600) -> str:
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= most else text[:most] + f" … (+{len(text) - most})"

@@ -37,6 +37,7 @@ table.wide td,table.wide th{text-align:left}
 tr:last-child td{border-bottom:0}
 .total td{font-weight:600;border-top:1px solid var(--before)}
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.cannot{color:var(--soft)}
+.better,.worse,.cannot{white-space:nowrap}
 .yes{color:var(--good)}.no{color:var(--bad)}.unknown,.conditions{color:var(--accent)}
 svg.chart{width:100%;height:auto;display:block}
 svg .grid{stroke:var(--line);stroke-width:1}svg .tick{font-size:11px;fill:var(--soft)}
