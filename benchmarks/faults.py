@@ -127,7 +127,7 @@ def supervised(made: Bench, straight: Left) -> Section:
             while _crashes(run) < (1 if step == 90 else 2) and process.poll() is None:
                 time.sleep(0.02)
         code = process.wait()
-    kept = re.compile(r"supervisor|going on|same loss|made again|put aside|^step (1|200|400)")
+    kept = re.compile(r"supervisor|going on|same loss|made again|put aside|^step (1|200|400) ")
     said = [
         line.replace(str(made.folder), "runs") for line in log.read_text().splitlines() if kept.search(line)
     ]
