@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.tiny import sum_rows, tiny_model, write_rows
 
 import tuoling
@@ -17,6 +18,7 @@ def test_importing_the_package_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", LIGHT], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_train_twice_then_load_and_ask(tmp_path: Path) -> None:
     keys = {
         "model_name_or_path": str(tiny_model(tmp_path / "base")),

@@ -81,6 +81,7 @@ def test_chinese_labels_where_there_is_a_font(tmp_path: Path, labels: list[str])
     assert {"训练损失", "训练损失（平滑）", "验证损失", "学习率", "步数", "算术", "微调前"} <= set(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("chinese")
 def test_english_labels_where_there_is_no_font(
     tmp_path: Path, labels: list[str], monkeypatch: pytest.MonkeyPatch
@@ -104,6 +105,7 @@ def test_the_font_really_has_chinese() -> None:
     assert plots._has_chinese(font) and not plots._has_chinese(str(latin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[{"step": 1, "eval_loss": 2.0}], [{"step": 1, "loss": 2.0}], ROWS[:3]])
 def test_few_points_and_eval_only(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     assert plots.loss_plot(rows, tmp_path / "loss.png").is_file()

@@ -40,6 +40,7 @@ def plainly(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return packs
 
 
+@pytest.mark.slow
 @given(LENGTHS, st.integers(1, 100))
 def test_best_fit_is_best_fit_decreasing(lengths: np.ndarray, max_tokens: int) -> None:
     packs = best_fit(lengths, max_tokens)
@@ -47,6 +48,7 @@ def test_best_fit_is_best_fit_decreasing(lengths: np.ndarray, max_tokens: int) -
     assert [np.flatnonzero(packs == number).tolist() for number in range(len(expected))] == expected
 
 
+@pytest.mark.slow
 @given(LENGTHS, st.integers(1, 100), st.integers(1, 70))
 def test_micro_batches_hold_every_row_once_within_the_budget(
     lengths: np.ndarray, max_tokens: int, rows_at_once: int
@@ -60,6 +62,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(
         assert tokens <= max_tokens or len(part) == 1
 
 
+@pytest.mark.slow
 @given(LENGTHS, st.integers(1, 70))
 def test_without_a_budget_rows_are_counted(lengths: np.ndarray, rows_at_once: int) -> None:
     laid = lay(lengths, rows_at_once=rows_at_once, max_tokens=None)
@@ -79,6 +82,7 @@ def test_the_largest_micro_batch_is_the_budget_or_the_longest_row() -> None:
     assert [largest(4, 40), largest(4, 20), largest(4, 1000)] == [40, 30, 48]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @given(lengths=st.lists(st.integers(1, 2048), max_size=40))
 def test_ranks_share_the_rows_and_differ_by_one_row_at_most(world_size: int, lengths: list[int]) -> None:
@@ -96,6 +100,7 @@ def test_ranks_of_real_steps_are_nearly_equal() -> None:
     assert max(loads) - min(loads) < 0.02 * max(loads)  # dealt out in order they differ by 30 %
 
 
+@pytest.mark.slow
 @given(st.integers(1, 700), st.integers(0, 2**40), st.integers(1, 4000))
 def test_an_epoch_of_packs_takes_every_row_once(rows: int, seed: int, max_tokens: int) -> None:
     lengths = some_lengths(rows, seed % 1000)

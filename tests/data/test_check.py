@@ -84,6 +84,7 @@ def test_overlap_is_asking_the_same(tmp_path):
     assert report.against == {"rows": 2, "found": 1}
 
 
+@pytest.mark.slow
 def test_the_six_test_rows_that_are_also_in_train(shared_data):
     train, test = (Source(str(shared_data / "domain" / f"domain.{part}.json")) for part in ("train", "test"))
     report = check([train], against=[test])
@@ -147,6 +148,7 @@ def test_similarity_is_the_jaccard_of_character_four_grams():
     assert similarity(grams("你好，世界！AB"), grams("你好 世界ab")) == 1.0
 
 
+@pytest.mark.slow
 def test_every_near_pair_is_found_and_none_other():
     texts = []
     for seed in range(60):

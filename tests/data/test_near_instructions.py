@@ -68,6 +68,7 @@ def test_common_subsequence_is_the_tables() -> None:
     assert rouge_l([], [1]) == 0.0
 
 
+@pytest.mark.slow
 def test_pairs_at_once_are_the_pairs_one_by_one() -> None:
     texts = [
         *made(60, 1),
@@ -105,6 +106,7 @@ def test_what_goes_has_a_like_that_stays_and_what_stays_has_none() -> None:
     assert near_duplicates(texts, threads=1).kept.tolist() == report.kept.tolist()
 
 
+@pytest.mark.slow
 def test_one_by_one_finds_the_most_alike() -> None:
     texts = made(80, 4)
     seen = SimilarTexts(0.7)

@@ -12,6 +12,7 @@ from tuoling.data.sampler import SampleOrder
 STONE = [3, 6, 8, 0, 4, 9, 7, 1, 2, 5, 3, 9, 4, 0, 8, 6, 7, 2, 1, 5]
 
 
+@pytest.mark.slow
 @given(st.integers(1, 50), st.integers(0, 2**40), st.integers(0, 5))
 def test_every_epoch_takes_every_row_once(rows: int, seed: int, epoch: int) -> None:
     order = SampleOrder(rows, seed)
@@ -19,6 +20,7 @@ def test_every_epoch_takes_every_row_once(rows: int, seed: int, epoch: int) -> N
     assert sorted(taken) == list(range(rows))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 7), st.integers(0, 40))
 def test_batch_size_and_start_do_not_matter(rows: int, one: int, other: int, start: int) -> None:
     whole = SampleOrder(rows, 7).rows(0, 100)

@@ -84,6 +84,7 @@ def test_shards_hold_every_line_once(tmp_path: Path) -> None:
     assert all(len(shard.records) <= 30 for shard in found)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_make_the_same_bytes(tmp_path: Path) -> None:
     files = mixed_files(tmp_path)
     seen: list[int] = []
@@ -111,6 +112,7 @@ def test_one_process_and_two_make_the_same_bytes(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_build_finished_is_used(tmp_path: Path) -> None:
     files = mixed_files(tmp_path)
     straight, _ = build(tmp_path / "straight", *files, allow_bad=0.1)
@@ -134,6 +136,7 @@ def test_what_an_interrupted_build_finished_is_used(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [store.path.name]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_and_what_it_finished_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +160,7 @@ def test_a_killed_worker_is_told_and_what_it_finished_stays(
     assert report.resumed > 0 and report.rows == 200
 
 
+@pytest.mark.slow
 def test_the_first_wrong_format_of_the_rows_is_named_with_its_line(tmp_path: Path) -> None:
     rows = [*sum_rows(120), {"prompt": "问", "chosen": "好", "rejected": "坏"}, *sum_rows(30)]
     file = write_rows(tmp_path / "rows.jsonl", rows)

@@ -55,6 +55,7 @@ def dialogue(*turns: str) -> dict[str, Any]:
     return {"conversations": [{"from": roles[i % 2], "value": turn} for i, turn in enumerate(turns)]}
 
 
+@pytest.mark.slow
 def test_store_holds_what_the_template_renders(tmp_path: Path) -> None:
     rows = sum_rows(700)  # more than one batch
     store, report = build(tmp_path, rows, "domain_bloom")
@@ -96,6 +97,7 @@ def test_a_change_makes_a_new_store_and_is_named(tmp_path: Path, change: dict[st
     assert not report.reused and report.changed == (part,)
 
 
+@pytest.mark.slow
 def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
     store, _ = build(tmp_path, sum_rows(5))
     file = store.path / "tokens-00000.bin"
@@ -105,6 +107,7 @@ def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
     assert not report.reused and (again.path / "tokens-00000.bin").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_the_same_store(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", sum_rows(5))
     given = {
@@ -161,6 +164,7 @@ def test_drop_counts(tmp_path: Path) -> None:
     assert (len(store), report.good, report.dropped_overlong) == (1, 2, 1)
 
 
+@pytest.mark.slow
 def test_cut_prompt_drops_oldest_turns_first(tmp_path: Path) -> None:
     rows = [dialogue("甲" * 40, "乙", "丙", "丁")]
     store, report = build(tmp_path, rows, max_seq_len=64, overlong="cut_prompt")
@@ -183,6 +187,7 @@ def test_cut_prompt_cuts_context_then_question_from_the_left(tmp_path: Path) -> 
         assert learned(store, index) == ["答案</s>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cut_prompt", "split"])
 def test_a_cut_answer_has_no_end_token_and_is_not_learned(tmp_path: Path, policy: str) -> None:
     rows = [{"instruction": "问", "output": "答" * 80}, {"instruction": "问", "output": "短"}]
@@ -194,6 +199,7 @@ def test_a_cut_answer_has_no_end_token_and_is_not_learned(tmp_path: Path, policy
     assert learned(store, 1) == ["短</s>"]
 
 
+@pytest.mark.slow
 def test_a_cut_answer_has_no_part_of_a_spelled_end_mark(tmp_path: Path) -> None:
     rows = [{"instruction": "问", "output": "a" * n} for n in range(1, 60)]
     whole, _ = build(tmp_path, rows, "chatml")  # the tokenizer spells <|im_end|> in several tokens
@@ -257,6 +263,7 @@ def test_pieces_of_text_fit_and_can_be_learned(count: int) -> None:
     assert all(len(ids) <= 6 and (spans or count == 1) for ids, spans in pieces)
 
 
+@pytest.mark.slow
 def test_stage_and_rows_must_agree(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 of 2 rows are bad") as caught:
         build(tmp_path, sum_rows(2), stage="pt")
@@ -265,6 +272,7 @@ def test_stage_and_rows_must_agree(tmp_path: Path) -> None:
         build(tmp_path, [{"text": "纯文本"}])
 
 
+@pytest.mark.slow
 def test_bad_rows_are_named_and_the_ledger_holds_all(tmp_path: Path) -> None:
     rows = [*sum_rows(8), {"instruction": "问", "output": ""}, {"instruction": "问", "output": ["x"]}]
     with pytest.raises(DataError, match="2 of 10 rows are bad") as caught:
@@ -295,6 +303,7 @@ def test_formats_that_are_not_trained_are_named(tmp_path: Path, row: dict[str, s
     assert name in (caught.value.remedy or "") and ":1" in (caught.value.where or "")
 
 
+@pytest.mark.slow
 def test_max_samples_takes_the_first(tmp_path: Path) -> None:
     store, report = build(tmp_path, sum_rows(20), max_samples=3)
     assert len(store) == report.rows == 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import pytest
+
 from tuoling.demo.rows import KINDS, corpus, held_out_rows, training_rows
 from tuoling.demo.skills import chinese_number
 
@@ -15,6 +17,7 @@ def question(row: dict[str, Any]) -> str:
     return f"{row['instruction']}\n{row['input']}"
 
 
+@pytest.mark.slow
 def test_no_held_out_question_is_trained_on() -> None:
     trained = {question(row) for row in training_rows(4000, seed=1)}
     held_out = [question(row) for row in held_out_rows(30, seed=1)]

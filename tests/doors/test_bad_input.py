@@ -103,6 +103,7 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "code", "words"), CASES)
 def test_bad_input_is_told_and_nothing_is_written(
     tmp_path: Path, model: Path, make: Make, code: int, words: list[str]

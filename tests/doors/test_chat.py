@@ -50,6 +50,7 @@ def chat(*words: object, lines: str = "你好\n") -> Any:
     return CliRunner().invoke(app, list(words), input=lines)
 
 
+@pytest.mark.slow
 def test_a_run_alone_is_enough(run: Path) -> None:
     result = chat(run, lines="你好\n再见\n")
     assert result.exit_code == 0, result.output
@@ -57,6 +58,7 @@ def test_a_run_alone_is_enough(run: Path) -> None:
     assert result.stdout.endswith("\n") and result.stdout.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_answers_are_the_engines_and_nothing_else_is_on_stdout(run: Path) -> None:
     from tuoling.api import load
 
@@ -68,12 +70,14 @@ def test_answers_are_the_engines_and_nothing_else_is_on_stdout(run: Path) -> Non
     assert chat(run, lines="你好\n再见\n/exit\n").stdout == f"{expected}\n{second}\n"
 
 
+@pytest.mark.slow
 def test_another_template_needs_a_flag_and_warns(run: Path) -> None:
     result = chat(run, "--template", "alpaca")
     assert result.exit_code == 0
     assert "! template alpaca, as asked; what is saved here was made with domain_bloom" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_plain_model_folder(model: Path) -> None:
     result = chat(model)
     assert result.exit_code == 0 and "the model names none" in result.stderr
@@ -96,6 +100,7 @@ def test_bad_calls(model: Path, words: tuple[str, ...], said: str, code: int) ->
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_base_is_gone(run: Path, tmp_path: Path) -> None:
     import shutil
 

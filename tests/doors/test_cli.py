@@ -56,6 +56,7 @@ def test_every_file_is_a_command() -> None:
     assert all(("data", words[0]) not in COMMANDS or len(words) == 1 for words in COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_has_help(words: tuple[str, ...]) -> None:
     module = main.load_command_module(words)
@@ -184,6 +185,7 @@ def run_fresh(code: str, language: str) -> str:
     return done.stdout.decode("utf-8")
 
 
+@pytest.mark.slow
 def test_help_in_chinese_imports_nothing_heavy() -> None:
     code = """
 import json, sys
@@ -205,6 +207,7 @@ print(json.dumps({"heavy": sorted(heavy & set(sys.modules)), "shown": shown}))
         assert "Usage:" not in text and "Options" not in text, words
 
 
+@pytest.mark.slow
 def test_the_generated_pages_are_fresh() -> None:
     """`python docs/make_help.py` writes them; this says when that was forgotten."""
     code = f"import runpy; print(runpy.run_path({str(ROOT / 'docs/make_help.py')!r})['page']())"

@@ -17,6 +17,7 @@ from tuoling.errors import UsageError
 INSTALLED = {"gptqmodel": "7.6.0", "numpy": "2.3.0"}
 
 
+@pytest.mark.slow
 def test_facts_as_json() -> None:
     result = CliRunner().invoke(app, ["doctor", "--json", "--no-test"])
     found = json.loads(result.stdout)
@@ -61,6 +62,7 @@ def test_the_hub_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.facts()["hub"] == "https://hf-mirror.com"
 
 
+@pytest.mark.slow
 def test_the_self_test_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """One path works, one crashes, one is wrong by more than its precision, one never ends."""
     from tuoling.demo import self_test

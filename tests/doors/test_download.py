@@ -30,6 +30,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["hf", "modelscope"])
 def test_download_then_chat_by_id(hub: FakeHub, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["download", MODEL_ID, "--source", source])
@@ -45,12 +46,14 @@ def test_download_then_chat_by_id(hub: FakeHub, source: str, monkeypatch: pytest
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_download_into_a_folder(hub: FakeHub, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["download", MODEL_ID, "--to", str(tmp_path / "to")])
     assert result.exit_code == 0 and result.stdout.strip() == str(tmp_path / "to")
     assert (tmp_path / "to" / "config.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [

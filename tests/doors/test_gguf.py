@@ -33,6 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_command_to_four_bits_and_one_to_chat(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")
     file = tmp_path / "first.gguf"

@@ -26,6 +26,7 @@ def call(*words: object) -> Any:
     return CliRunner().invoke(app, list(map(str, words)))
 
 
+@pytest.mark.slow
 def test_from_an_old_checkpoint_to_a_model_that_answers(base: Path, tmp_path: Path) -> None:
     old, _ = grouped(base, tmp_path / "checkpoint-9", "pytorch_model.bin")
     told = ["--base", base, "--lora-alpha", ALPHA]
@@ -61,6 +62,7 @@ def test_from_an_old_checkpoint_to_a_model_that_answers(base: Path, tmp_path: Pa
     assert answers[0] == answers[1], "merged, and the old checkpoint as it lies"
 
 
+@pytest.mark.slow
 def test_each_adapter_has_an_alpha_of_its_own(base: Path, tmp_path: Path) -> None:
     """Two old checkpoints of one training, told different alphas: the changes of each are scaled by its own."""
     old, _ = grouped(base, tmp_path / "checkpoint-9", "pytorch_model.bin")

@@ -30,6 +30,7 @@ def predict(*words: object) -> Any:
     return CliRunner().invoke(app, ["predict", *map(str, words), *OPTIONS])
 
 
+@pytest.mark.slow
 def test_predictions_equal_the_python_interface(model: Path, tmp_path: Path) -> None:
     rows = sum_rows(5)
     data = write_rows(tmp_path / "test.json", rows)
@@ -46,6 +47,7 @@ def test_predictions_equal_the_python_interface(model: Path, tmp_path: Path) -> 
     assert [row["target"] for row in written] == [row["output"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_file_inside(model: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -57,6 +59,7 @@ def test_a_run_gets_its_file_inside(model: Path, tmp_path: Path) -> None:
     assert len(json.loads((run / "predictions.json").read_text(encoding="utf-8"))) == 1
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_asked_make_the_exit_code_1(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "test.json", [*sum_rows(2), {"instruction": "", "output": "x"}])
     result = predict(model, "--data", data, "--out", tmp_path / "p.json")

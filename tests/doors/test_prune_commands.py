@@ -23,6 +23,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_prune_and_restore(tmp_path: Path) -> None:
     tiny_model(tmp_path / "full", "llama")

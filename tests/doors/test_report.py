@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from tuoling.cli.main import app
@@ -23,6 +24,7 @@ def report(*words: object) -> Any:
     return CliRunner().invoke(app, ["report", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOG))
     result = report(tmp_path)
@@ -34,6 +36,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert str(tmp_path / "training_loss.png") in result.stdout.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_trainer_state_and_json(tmp_path: Path) -> None:
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": LOG, "global_step": 30}))

@@ -55,6 +55,7 @@ def arena(tmp_path: Path, server: FakeOpenAI, **options: Any) -> Evaluation:
     return Evaluation("tuned", file=str(file), judge=judge, arena=True, out=tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_the_better_side_wins_in_both_orders(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     with serve(fair) as server:
         (scores,) = evaluate(arena(tmp_path, server)).scores()
@@ -75,6 +76,7 @@ def test_the_better_side_wins_in_both_orders(tmp_path: Path, engines: dict[str, 
         assert len(server.requests) == 18  # the same one is not paid again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letter", "first"), [("A", 9), ("B", 0)])
 def test_a_judge_that_looks_at_the_place_decides_nothing(
     tmp_path: Path, engines: dict[str, FakeEngine], letter: str, first: int
@@ -88,6 +90,7 @@ def test_a_judge_that_looks_at_the_place_decides_nothing(
     assert any("changed with the order" in note["en"] for note in scores["notes"])
 
 
+@pytest.mark.slow
 def test_three_models_meet_in_pairs(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     with serve(fair) as server:
         (scores,) = evaluate(arena(tmp_path, server, against=("other",))).scores()
@@ -101,6 +104,7 @@ def test_three_models_meet_in_pairs(tmp_path: Path, engines: dict[str, FakeEngin
     ]
 
 
+@pytest.mark.slow
 def test_prose_and_an_endpoint_that_goes_down(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     def prose(body: dict[str, Any]) -> str:
         return "各有千秋。" if "3 加 1" in body["messages"][0]["content"] else fair(body)

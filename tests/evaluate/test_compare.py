@@ -56,6 +56,7 @@ def fake_run(
     return folder
 
 
+@pytest.mark.slow
 def test_scores_against_rows(tmp_path: Path) -> None:
     few, many = fake_run(tmp_path / "few", 100, 5), fake_run(tmp_path / "many", 1000, 18)
     found = compare([many, few], out=tmp_path / "out")
@@ -91,6 +92,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/comparison.json"))
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_suite(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / name, rows, rows // 10) for name, rows in (("a", 100), ("b", 150))]
     words = ["evaluate", "--compare", *map(str, runs), "--out", str(tmp_path / "out"), "--json"]

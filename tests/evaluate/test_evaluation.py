@@ -63,6 +63,7 @@ def belle(tmp_path: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> 
     return Evaluation("tuned", suite="belle", file=str(file), out=tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_base_and_tuned_by_class(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     result = evaluate(belle(tmp_path))
     (scores,) = result.scores()
@@ -86,6 +87,7 @@ def test_base_and_tuned_by_class(tmp_path: Path, engines: dict[str, FakeEngine])
     }
 
 
+@pytest.mark.slow
 def test_the_judge_scores_with_belles_rules(
     tmp_path: Path, engines: dict[str, FakeEngine], judge: FakeOpenAI
 ) -> None:
@@ -101,6 +103,7 @@ def test_the_judge_scores_with_belles_rules(
     assert len(judge.requests) == 80 and len(engines["tuned"].asked) == 20  # nothing is asked or paid again
 
 
+@pytest.mark.slow
 def test_no_reference_is_shown_for_free_classes(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     rows = [
         {"question": f"写诗 {n}", "class": name, "std_answer": "某诗"}
@@ -112,6 +115,7 @@ def test_no_reference_is_shown_for_free_classes(tmp_path: Path, engines: dict[st
     assert server.requests and not any("标准答案:" in last_user_text(body) for body in server.requests)
 
 
+@pytest.mark.slow
 def test_prose_is_asked_again_then_left_out_and_told(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     def answer(body: dict[str, Any]) -> str:
         if "0 加 1" in body["messages"][0]["content"]:
@@ -127,6 +131,7 @@ def test_prose_is_asked_again_then_left_out_and_told(tmp_path: Path, engines: di
     assert any("no score from 0 to 1 after 3 tries" in note["en"] for note in scores["notes"])
 
 
+@pytest.mark.slow
 def test_a_judge_that_goes_down_half_way(
     tmp_path: Path, engines: dict[str, FakeEngine], judge: FakeOpenAI
 ) -> None:
@@ -163,6 +168,7 @@ def test_what_a_kill_leaves_is_used_again(tmp_path: Path, engines: dict[str, Fak
     assert len(calls) == 11 + 10 and len(engines["base"].asked) == 20
 
 
+@pytest.mark.slow
 def test_unknown_classes_empty_answers_and_missing_references_are_told(
     tmp_path: Path, engines: dict[str, FakeEngine], judge: FakeOpenAI
 ) -> None:
@@ -265,6 +271,7 @@ def test_belles_own_file_counts_and_looks_up_every_class(shared_data: Path) -> N
     assert len(prompts) == 11 and not {item.group for item in items.items} - set(prompts)
 
 
+@pytest.mark.slow
 def test_leaks_of_a_real_pair_of_files(shared_data: Path) -> None:
     """domain-bloom's 13 test rows: 6 of them are in its training file too."""
     from tuoling.evaluate.items import read_items

@@ -32,6 +32,7 @@ def table_lcs(one: str, other: str) -> int:
     return row[-1]
 
 
+@pytest.mark.slow
 def test_longest_common_subsequence() -> None:
     draw = random.Random(3)
     for _ in range(300):
@@ -39,6 +40,7 @@ def test_longest_common_subsequence() -> None:
         assert _longest_common(one, other) == table_lcs(one, other)
 
 
+@pytest.mark.slow
 def test_rouge_l_is_rouge_chineses_own_figure() -> None:
     jieba = pytest.importorskip("jieba", reason="needs the extra eval")
     rouge = pytest.importorskip("rouge_chinese", reason="the oracle, in the extra dev")
@@ -155,6 +157,7 @@ def test_classes_in_one_spelling() -> None:
     assert nearest_class("sumarization") == "summarization" and nearest_class("诗歌") is None
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
     """Of 200 samples of 50 coins, the interval holds the true share in about 95 %; a percentile bootstrap of so few
     is a little narrow (93.9 % in theory), and the draws are fixed."""

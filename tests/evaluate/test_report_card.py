@@ -92,6 +92,7 @@ class Tags(HTMLParser):
         self.words[self.language[-1]] += data + "\n"
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_files_hold(run: Path) -> None:
     report = read_report(run, price_per_hour=3.0)
     html = page(report)
@@ -162,6 +163,7 @@ def test_a_run_that_was_not_evaluated_says_how(run: Path, tmp_path: Path) -> Non
     assert f"tuoling evaluate {tmp_path} rows.json" in html
 
 
+@pytest.mark.slow
 def test_report_writes_the_card_beside_the_picture(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run), "--json"])
     assert result.exit_code == 0, result.output

@@ -90,6 +90,7 @@ def prompts(server: FakeOpenAI) -> Counter[str]:
     return Counter(last_user_text(body) for body, _ in server.answered)
 
 
+@pytest.mark.slow
 def test_rows_are_new_sound_and_say_where_they_come_from(
     server: FakeOpenAI, seeds: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_rows_are_new_sound_and_say_where_they_come_from(
     assert not any(row.problems for row in trained) and trained[0].format == "alpaca"
 
 
+@pytest.mark.slow
 def test_the_same_call_asks_nothing_again(server: FakeOpenAI, seeds: Path, tmp_path: Path) -> None:
     options = ["--seeds", seeds, "--per-call", 4]
     code, said, _ = call("self-instruct", tmp_path / "out", server, *options, "--rows", 8)
@@ -150,6 +152,7 @@ def test_the_same_call_asks_nothing_again(server: FakeOpenAI, seeds: Path, tmp_p
     assert code == 2 and "another job: per_call, seed differ" in told
 
 
+@pytest.mark.slow
 def test_the_budget_holds(server: FakeOpenAI, seeds: Path, tmp_path: Path) -> None:
     options = ["--seeds", seeds, "--rows", 1000, "--max-tokens", 600, "--concurrency", 1]
     code, said, told = call("self-instruct", tmp_path / "a", server, *options, "--budget-tokens", 5000)
@@ -160,6 +163,7 @@ def test_the_budget_holds(server: FakeOpenAI, seeds: Path, tmp_path: Path) -> No
     assert code == 1 and 0.002 < said["cost"] <= 0.005 and "budget of 0.005" in said["stopped"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_goes_down_leaves_what_came(server: FakeOpenAI, seeds: Path, tmp_path: Path) -> None:
     server.fault_of = lambda number, body: Fault("status", 401) if number >= 3 else None
     options = ["--seeds", seeds, "--rows", 60, "--concurrency", 1]
@@ -171,6 +175,7 @@ def test_an_endpoint_that_goes_down_leaves_what_came(server: FakeOpenAI, seeds: 
     assert code == 0 and said["rows"] >= 60 and max(prompts(server).values()) == 1
 
 
+@pytest.mark.slow
 def test_answers_that_give_nothing_end_it(server: FakeOpenAI, seeds: Path, tmp_path: Path) -> None:
     server.answer = lambda body: "我不太明白。"
     code, said, told = call("self-instruct", tmp_path / "out", server, "--seeds", seeds, "--give-up-after", 6)
@@ -184,6 +189,7 @@ def domain(body: Body) -> str:
     return f"关于{question}：可以先耐心倾听。" if body["messages"][0]["content"] == "你是医生" else "？"
 
 
+@pytest.mark.slow
 def test_a_field_from_questions_to_answers(server: FakeOpenAI, tmp_path: Path) -> None:
     server.answer = domain
     seeds = jsonl(tmp_path / "q.jsonl", [{"id": n, "question": f"{text}怎么办？"} for n, text in enumerate(("孩子咳嗽", "宝宝发烧", "老人失眠"))])  # fmt: skip
@@ -209,6 +215,7 @@ def test_a_field_from_questions_to_answers(server: FakeOpenAI, tmp_path: Path) -
     assert rows[1]["output"] == "关于三岁小朋友怕黑如何安抚？：可以先耐心倾听。" and said["steps"] == 2
 
 
+@pytest.mark.slow
 def test_other_words_and_further_turns(server: FakeOpenAI, tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "rows.jsonl", PAIRS)
     server.answer = lambda body: (

@@ -83,6 +83,7 @@ def say(engine: Any) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_each_adapter_answers_as_it_does_alone(law: TorchEngine, alone: dict[str, str]) -> None:
     assert law.adapters == ("law", BASE, "med") and law.adapter == "law"
     for name in ("law", "med", BASE, "law", BASE, "med", "med", "law"):
@@ -95,6 +96,7 @@ def test_each_adapter_answers_as_it_does_alone(law: TorchEngine, alone: dict[str
         law.using("tax")
 
 
+@pytest.mark.slow
 def test_adapters_answer_at_the_same_time(law: TorchEngine, alone: dict[str, str]) -> None:
     """Streams take turns forward by forward; whoever is asked, nobody gets another's layers."""
     said: dict[str, set[str]] = {name: set() for name in law.adapters}
@@ -112,6 +114,7 @@ def test_adapters_answer_at_the_same_time(law: TorchEngine, alone: dict[str, str
     assert said == {name: {alone[name]} for name in law.adapters}
 
 
+@pytest.mark.slow
 def test_adapters_on_a_plain_base(places: dict[str, Path], alone: dict[str, str]) -> None:
     more = {"law": str(places["law"]), "b": str(places["med"])}
     with load(places["llama"], template="domain_bloom", adapters=more, **PLAIN) as model:
@@ -121,6 +124,7 @@ def test_adapters_on_a_plain_base(places: dict[str, Path], alone: dict[str, str]
         assert engine.using("b").template.id == "domain_bloom", "--template is for all"
 
 
+@pytest.mark.slow
 def test_a_plain_model_has_nothing_to_choose(places: dict[str, Path]) -> None:
     with load(places["llama"], **PLAIN) as model:
         assert (model.engine.adapters, model.engine.adapter) == ((), None)
@@ -128,6 +132,7 @@ def test_a_plain_model_has_nothing_to_choose(places: dict[str, Path]) -> None:
             model.engine.using(BASE)
 
 
+@pytest.mark.slow
 def test_merged_says_what_applied_says(places: dict[str, Path], alone: dict[str, str]) -> None:
     from peft import PeftModel
 
@@ -156,6 +161,7 @@ def test_what_does_not_go_together(
         load(places[path], **{**options, "adapters": more}, **PLAIN)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused_and_base_is_the_way_past(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def replay(pieces: list[Piece]) -> tuple[list[str], Reply]:
     return frames, reply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -138,6 +139,7 @@ def test_beam_text_by_hand() -> None:
     assert (last.back, last.text, last.settled) == (1, "b", None)
 
 
+@pytest.mark.slow
 def test_cancelled_beams_end_within_a_token_and_leave_no_tensors(engine: TorchEngine) -> None:
     settings = GenerationSettings(max_new_tokens=400, num_beams=3)
     list(engine.stream(ask("你好"), GenerationSettings(max_new_tokens=3, num_beams=3)))
@@ -182,6 +184,7 @@ def test_greedy_pieces_pass_through_append_only() -> None:
     assert list(append_only(pieces)) == [Piece("好"), Piece("的"), Piece("", reply)]
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_beam_model_needs_nothing_new(tmp_path: Path) -> None:
     """num_beams of a folder's generation_config.json is used as a setting like any other."""
     from tuoling.api import load

@@ -118,6 +118,7 @@ def test_addresses_that_are_none(url: str) -> None:
         Endpoint(url, "m")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -139,6 +140,7 @@ def test_a_passing_fault_is_tried_again(server: FakeOpenAI, fault: Fault) -> Non
     assert len(server.answered) == 1
 
 
+@pytest.mark.slow
 def test_retry_after_is_obeyed_in_all_its_spellings(server: FakeOpenAI) -> None:
     server.faults = {
         0: Fault("status", 503, {"Retry-After": "7"}),
@@ -230,6 +232,7 @@ def test_a_stream_that_breaks_keeps_what_came_and_is_not_asked_again(server: Fak
     assert len(server.requests) == 1
 
 
+@pytest.mark.slow
 def test_many_at_once_and_each_once(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 500) if number % 5 == 1 else None
     asked = [([{"role": "user", "content": f"第{n}题"}], {"temperature": 0.0}) for n in range(40)]
@@ -270,6 +273,7 @@ def test_an_endpoint_that_goes_down_ends_the_batch_and_keeps_what_came(server: F
     assert len(server.requests) <= 7  # nothing new was sent after the refusal
 
 
+@pytest.mark.slow
 def test_five_failures_in_a_row_are_an_endpoint_that_is_down(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 500) if number >= 10 else None
     asked = [([{"role": "user", "content": str(n)}], {}) for n in range(100)]

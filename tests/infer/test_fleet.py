@@ -51,6 +51,7 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "test.json", ROWS)
 
 
+@pytest.mark.slow
 def test_rows_are_spread_and_come_back_in_order(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_rows_are_spread_and_come_back_in_order(
     assert report.tokens == sum(map(len, ANSWERS))
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_gives_its_rows_to_the_others(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +78,7 @@ def test_a_server_that_dies_gives_its_rows_to_the_others(
     assert err.count("go to the other servers") == 1
 
 
+@pytest.mark.slow
 def test_when_all_die_what_came_is_kept_and_another_server_does_the_rest(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +94,7 @@ def test_when_all_die_what_came_is_kept_and_another_server_does_the_rest(
     assert written(out) == ANSWERS and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_row_that_is_refused_is_named_and_asked_again_next_time(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +111,7 @@ def test_a_row_that_is_refused_is_named_and_asked_again_next_time(
     assert (report.reused, report.predicted) == (23, 1) and written(out) == ANSWERS
 
 
+@pytest.mark.slow
 def test_a_row_on_which_servers_fail_is_the_rows_fault(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +124,7 @@ def test_a_row_on_which_servers_fail_is_the_rows_fault(
     assert tries == 3 * 3, "three servers' turns, each with the client's two retries"
 
 
+@pytest.mark.slow
 def test_servers_that_are_not_there(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +137,7 @@ def test_servers_that_are_not_there(
         load("test", endpoint=f"{nobody},http://127.0.0.1:10/v1")
 
 
+@pytest.mark.slow
 def test_a_stream_begins_at_the_next_server_where_the_first_is_dead(servers: list[FakeOpenAI]) -> None:
     with opened(servers) as model:
         servers[0].down_after = 0
@@ -138,6 +145,7 @@ def test_a_stream_begins_at_the_next_server_where_the_first_is_dead(servers: lis
         assert len(servers[0].requests) == 3 and len(servers[1].requests) == 1
 
 
+@pytest.mark.slow
 def test_leaving_asks_nothing_more(servers: list[FakeOpenAI], data: Path, tmp_path: Path) -> None:
     def stop(done: int, report: Any) -> None:
         if report.predicted == 4:
@@ -150,6 +158,7 @@ def test_leaving_asks_nothing_more(servers: list[FakeOpenAI], data: Path, tmp_pa
     assert len(servers[0].requests) <= 4 + 2 + 2, "those under way, and no further ones"
 
 
+@pytest.mark.slow
 def test_draws_of_one_row_have_seeds_of_their_own(servers: list[FakeOpenAI]) -> None:
     servers[0].answer = lambda body: f"{last_user_text(body)}{body['seed']}"
     with opened(servers[:1]) as model:
@@ -158,6 +167,7 @@ def test_draws_of_one_row_have_seeds_of_their_own(servers: list[FakeOpenAI]) -> 
     assert rows[1]["predict"] == "乙5"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(servers: list[FakeOpenAI], data: Path, tmp_path: Path) -> None:
     servers[2].down_after = 2
     urls = ",".join(server.url for server in servers)

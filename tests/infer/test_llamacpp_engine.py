@@ -70,6 +70,7 @@ def streamed(engine: Any, text: str, settings: GenerationSettings) -> tuple[str,
     return "".join(piece.text for piece in pieces), pieces[-1].reply, len(pieces)
 
 
+@pytest.mark.slow
 def test_it_answers_as_transformers_does(pair: Any) -> None:
     ours, theirs = pair
     assert ours.template.id == theirs.template.id == "domain_bloom"
@@ -81,6 +82,7 @@ def test_it_answers_as_transformers_does(pair: Any) -> None:
     assert ours.generate(conversations, GREEDY) == theirs.generate(conversations, GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 12}]
 )
@@ -115,6 +117,7 @@ def test_stream_is_batch_and_whole_characters(engine: Any) -> None:
         assert (shown, last) == (reply.text, reply) and count > 2
 
 
+@pytest.mark.slow
 def test_nothing_of_a_stop_string_is_shown(engine: Any) -> None:
     checked = 0
     for text in [*QUESTIONS, *(f"{number} 加 {number} 等于多少？" for number in range(12))]:
@@ -320,6 +323,7 @@ def test_files_that_llama_cpp_cannot_use(tmp_path: Path) -> None:
         open_engine(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_without_the_package_the_way_to_install_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +341,7 @@ def test_without_the_package_the_way_to_install_it_is_told(
         llama_library.cache_clear()
 
 
+@pytest.mark.slow
 def test_torch_is_not_needed(tmp_path: Path) -> None:
     """A chat from a GGUF file starts without importing torch or transformers."""
     import subprocess

@@ -48,6 +48,7 @@ def test_tokens_of_no_probability_are_never_drawn(monkeypatch: pytest.MonkeyPatc
         assert draw(scores, [torch.Generator()]).tolist() == [token]
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_probabilities() -> None:
     """20,000 draws of (0.5, 0.3, 0.15, 0.05): each share within four standard deviations."""
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 4)
@@ -78,6 +79,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     return TorchEngine(model, load_tokenizer(source), get_template("domain_bloom"))
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_its_batch(engine: TorchEngine) -> None:
     questions = ["你好", "把下面的句子翻译成英文：今天天气很好。", "1 2 3 4", "好"]
     asked = [Conversation((Turn("user", text),)) for text in questions]

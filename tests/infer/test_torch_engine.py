@@ -61,6 +61,7 @@ def by_hand(engine: TorchEngine, text: str, steps: int) -> list[int]:
     return ids[start:]
 
 
+@pytest.mark.slow
 def test_batch_is_one_by_one_is_by_hand(engine: TorchEngine) -> None:
     batch = engine.generate([ask(text) for text in QUESTIONS], GREEDY)
     for text, reply in zip(QUESTIONS, batch, strict=True):
@@ -70,6 +71,7 @@ def test_batch_is_one_by_one_is_by_hand(engine: TorchEngine) -> None:
         assert reply.completion_tokens == len(reply.token_ids)
 
 
+@pytest.mark.slow
 def test_rows_that_end_early_do_not_change_the_others(engine: TorchEngine, restore: None) -> None:
     free = engine.generate([ask(text) for text in QUESTIONS], GREEDY)
     engine.end_ids = {free[0].token_ids[3]}
@@ -91,12 +93,14 @@ def streamed(engine: TorchEngine, text: str, settings: GenerationSettings) -> tu
     return shown, pieces[-1].reply
 
 
+@pytest.mark.slow
 def test_stream_is_batch(engine: TorchEngine) -> None:
     for text, reply in zip(QUESTIONS, engine.generate([ask(t) for t in QUESTIONS], GREEDY), strict=True):
         assert streamed(engine, text, GREEDY) == (reply.text, reply)
         assert len(list(engine.stream(ask(text), GREEDY))) > 2
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy_and_beams_find_better(engine: TorchEngine) -> None:
     settings = GenerationSettings(max_new_tokens=8, num_beams=4)
     conversations = [ask(text) for text in QUESTIONS]
@@ -215,6 +219,7 @@ def test_min_and_max_new_tokens(engine: TorchEngine, restore: None) -> None:
     assert 5 <= reply.completion_tokens <= 9
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_leaves_the_process_random_state(engine: TorchEngine) -> None:
     settings = GenerationSettings(max_new_tokens=16, do_sample=True, temperature=1.5, seed=7)
     torch.manual_seed(0)
@@ -229,6 +234,7 @@ def test_a_seed_repeats_and_leaves_the_process_random_state(engine: TorchEngine)
     assert len(texts) > 1
 
 
+@pytest.mark.slow
 def test_settings_of_the_folder_do_not_leak_in(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama")
     (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 5.0, "max_length": 7}')
@@ -258,6 +264,7 @@ def test_context_limits(engine: TorchEngine, restore: None) -> None:
             call()
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_cut_the_answers_beside_it(engine: TorchEngine, restore: None) -> None:
     free = engine.generate([ask(text) for text in QUESTIONS], GREEDY)
     lengths = [len(engine.prompt_ids(ask(text))) for text in QUESTIONS]
@@ -268,6 +275,7 @@ def test_a_long_prompt_does_not_cut_the_answers_beside_it(engine: TorchEngine, r
         assert reply.token_ids == before.token_ids[: engine.context_tokens - length]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [True, False])
 def test_cancel_stops_within_a_token_and_frees_the_memory(
     engine: TorchEngine, restore: None, streamed: bool

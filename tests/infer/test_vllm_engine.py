@@ -41,6 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield state
 
 
+@pytest.mark.slow
 def test_a_model_that_is_here_is_asked_in_token_ids(model: Path, server: FakeOpenAI) -> None:
     with load(model, endpoint=server.url) as loaded, load(model, device="cpu", dtype="fp32") as here:
         engine: Any = loaded.engine
@@ -96,6 +97,7 @@ def test_an_answer_is_gone_on_with_where_it_was_cut(model: Path, server: FakeOpe
         assert text == "用户:你好\n\n助手:好的"
 
 
+@pytest.mark.slow
 def test_a_name_at_a_server_is_asked_with_messages(server: FakeOpenAI, capsys: Any) -> None:
     with load("test", endpoint=server.url, template="alpaca") as loaded:
         assert "--template without effect" in capsys.readouterr().err
@@ -113,6 +115,7 @@ def test_a_name_at_a_server_is_asked_with_messages(server: FakeOpenAI, capsys: A
         assert loaded.chat("你好") == "好的，再见"
 
 
+@pytest.mark.slow
 def test_several_at_once_keep_their_order(server: FakeOpenAI) -> None:
     server.answer = lambda body: body["messages"][-1]["content"][::-1]
     server.delay_s = 0.02
@@ -138,6 +141,7 @@ def test_a_context_that_the_server_names(model: Path, monkeypatch: pytest.Monkey
         assert len(server.requests) == sent, "nothing was paid for"
 
 
+@pytest.mark.slow
 def test_an_overflow_that_only_the_server_knew(server: FakeOpenAI) -> None:
     said = "This model's maximum context length is 40 tokens. However, your request has 88 input tokens."
     server.fault_of = lambda number, body: Fault("status", 400, error={"message": said})
@@ -150,6 +154,7 @@ def test_an_overflow_that_only_the_server_knew(server: FakeOpenAI) -> None:
                 call()
 
 
+@pytest.mark.slow
 def test_a_server_that_errs_for_a_moment_is_asked_again(server: FakeOpenAI) -> None:
     server.faults[0] = Fault("status", 503)
     with load("test", endpoint=server.url) as loaded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tests.tiny import sum_rows, tiny_tokenizer, write_rows
 
 from tuoling.data.sources import Source
@@ -13,6 +14,7 @@ from tuoling.text.templates import TEMPLATES
 from tuoling.text.tokenizer import TextTokenizer
 
 
+@pytest.mark.slow
 def test_two_builds_have_the_same_hash(tmp_path: Path) -> None:
     rows = [*sum_rows(600), {"instruction": "坏", "output": ""}]
     file = write_rows(tmp_path / "rows.jsonl", rows)

@@ -112,6 +112,7 @@ def examples(draw: st.DrawFn) -> Example:
     )
 
 
+@pytest.mark.slow
 @given(st.lists(examples(), min_size=1, max_size=5))
 def test_labels_are_the_next_learned_token_of_the_same_example(packed: list[Example]) -> None:
     batch = collate(packed)

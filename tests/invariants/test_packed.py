@@ -118,6 +118,7 @@ def fast(model: Any) -> FastModel:
     return installed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS.keys())
 def test_lora_loss_and_every_gradient(family: str, lengths: tuple[int, ...]) -> None:
@@ -140,6 +141,7 @@ def test_full_fine_tuning_with_a_tied_head(family: str) -> None:
     assert_equal(gradients(model, loss), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_sees_its_own_pack(family: str, reentrant: bool) -> None:
@@ -163,6 +165,7 @@ def test_a_checkpoint_that_loses_the_pack_says_so() -> None:
     assert "use_reentrant" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_and_ordinary_forwards_are_untouched(family: str) -> None:
     model = make(family).eval()
@@ -185,6 +188,7 @@ def test_generation_and_ordinary_forwards_are_untouched(family: str) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_install_leaves_no_trace(family: str) -> None:
     model = make(family).train()
@@ -199,6 +203,7 @@ def test_install_leaves_no_trace(family: str) -> None:
     assert "tuoling" not in str(model.config.to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_good_as_transformers_own(family: str) -> None:
     """Error against float32 on the same bf16 weights: at most 1.5 times that of the stock model, row by row."""
@@ -216,6 +221,7 @@ def test_bf16_is_as_good_as_transformers_own(family: str) -> None:
     assert error(ours) <= 1.5 * error(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_with_float32_lora_on_a_bf16_base(family: str) -> None:
     model = with_lora(make(family).bfloat16()).train()
@@ -229,6 +235,7 @@ def test_autocast_with_float32_lora_on_a_bf16_base(family: str) -> None:
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_still_happens(family: str) -> None:
     model = make(family, attention_dropout=0.5).train()
@@ -240,6 +247,7 @@ def test_dropout_still_happens(family: str) -> None:
     assert three == pytest.approx(stock(model, ROWS["odd lengths"]).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_learned_is_an_attached_zero(family: str) -> None:
     model = with_lora(make(family)).train()
@@ -311,6 +319,7 @@ def test_nothing_learned_with_stock_logits() -> None:
     assert loss.item() == 0.0 and not any(g.any() for g in gradients(model, loss).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fused", "stock logits"])
 def test_label_smoothing_and_z_loss_are_trained_and_not_validated(head: str) -> None:
     from peft import LoraConfig, get_peft_model

@@ -58,6 +58,7 @@ def loss_of(installed: FastModel, batch: Batch) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "llama", "qwen2"])
 @pytest.mark.parametrize("learn", ["last", "all"])
 @pytest.mark.parametrize("between", [True, False], ids=["every reply is ended", "only the last is ended"])
@@ -73,6 +74,7 @@ def test_loss_and_every_gradient(tmp_path: Path, family: str, learn: str, betwee
     assert_equal(gradients(model, loss), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_without_the_fused_loss(tmp_path: Path, packed: bool) -> None:
     """A head with an adapter of its own: transformers' logits; rows one by one where packing was refused."""

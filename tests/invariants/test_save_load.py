@@ -54,6 +54,7 @@ def save(model: Any, base: Path, folder: Path) -> None:
         save_adapter(model, place, tokenizer=load_tokenizer(base), template=record(base))
 
 
+@pytest.mark.slow
 def test_adapter_comes_back_bit_for_bit(base: Path, tmp_path: Path) -> None:
     model = tuned(base)
     save(model, base, tmp_path / "a")
@@ -70,6 +71,7 @@ def test_adapter_comes_back_bit_for_bit(base: Path, tmp_path: Path) -> None:
     assert manifest_problems(tmp_path / "a") == []
 
 
+@pytest.mark.slow
 def test_adapter_saved_twice_is_the_same_bytes(base: Path, tmp_path: Path) -> None:
     model = tuned(base)
     save(model, base, tmp_path / "a")
@@ -79,6 +81,7 @@ def test_adapter_saved_twice_is_the_same_bytes(base: Path, tmp_path: Path) -> No
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_adapter_loads_in_peft_itself(base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -90,6 +93,7 @@ def test_adapter_loads_in_peft_itself(base: Path, tmp_path: Path) -> None:
         assert torch.equal(model(IDS).logits, stock(IDS).logits)
 
 
+@pytest.mark.slow
 def test_trained_further_after_loading(base: Path, tmp_path: Path) -> None:
     save(tuned(base), base, tmp_path / "a")
     model: Any = load_model(find_model(tmp_path / "a"), dtype="bf16", device="cpu", for_training=True)
@@ -98,6 +102,7 @@ def test_trained_further_after_loading(base: Path, tmp_path: Path) -> None:
     assert all(p.dtype is torch.float32 for p in trainable.values()), "LoRA stays in float32 on a bf16 base"
 
 
+@pytest.mark.slow
 def test_model_comes_back_bit_for_bit(base: Path, tmp_path: Path) -> None:
     model: Any = load_model(find_model(base), dtype="fp32", device="cpu", for_training=True)
     with torch.no_grad():
@@ -115,6 +120,7 @@ def test_model_comes_back_bit_for_bit(base: Path, tmp_path: Path) -> None:
     assert load_tokenizer(source).decode(ids) == load_tokenizer(base).decode(ids)
 
 
+@pytest.mark.slow
 def test_generation_config_holds_every_end_token(base: Path, tmp_path: Path) -> None:
     save(tuned(base), base, tmp_path / "a")
     said = json.loads((tmp_path / "a" / "generation_config.json").read_text())
@@ -187,6 +193,7 @@ def load(adapter: Path) -> Any:
     return load_model(find_model(adapter), dtype="fp32", device="cpu")
 
 
+@pytest.mark.slow
 def test_an_adapter_with_too_little_too_much_or_the_wrong_shape(adapter: Path) -> None:
     name = sorted(load_file(adapter / "adapter_model.safetensors"))[0]
     good = (adapter / "adapter_model.safetensors").read_bytes()
@@ -204,6 +211,7 @@ def test_an_adapter_with_too_little_too_much_or_the_wrong_shape(adapter: Path) -
         (adapter / "adapter_model.safetensors").write_bytes(good)
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_base(adapter: Path, base: Path, tmp_path: Path) -> None:
     other = tiny_model(tmp_path / "other", "llama" if base.name == "bloom" else "bloom")
     with pytest.raises(ModelError, match="does not fit this base"):
@@ -213,6 +221,7 @@ def test_an_adapter_for_another_base(adapter: Path, base: Path, tmp_path: Path) 
         load_model(find_model(adapter, base=str(wider)), dtype="fp32", device="cpu")
 
 
+@pytest.mark.slow
 def test_the_empty_adapter_file_of_2023(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({}, adapter / "adapter_model.bin")
@@ -220,6 +229,7 @@ def test_the_empty_adapter_file_of_2023(adapter: Path) -> None:
         load(adapter)
 
 
+@pytest.mark.slow
 def test_bin_adapters_are_read(adapter: Path, base: Path) -> None:
     state = load_file(adapter / "adapter_model.safetensors")
     expected = load(adapter)
@@ -229,6 +239,7 @@ def test_bin_adapters_are_read(adapter: Path, base: Path) -> None:
         assert torch.equal(load(adapter)(IDS).logits, expected(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_cut_adapter_and_one_with_old_keys(adapter: Path, base: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     old = {

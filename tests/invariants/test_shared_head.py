@@ -40,6 +40,7 @@ def loss_of(installed: FastModel, batch: Batch) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "lengths", [(5, 30, 2, 17, 17, 4), (120, 40, 121)], ids=["short documents", "long documents"]

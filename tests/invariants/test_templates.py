@@ -56,6 +56,7 @@ def test_training_begins_with_the_prompt(
     check(list(TEMPLATES.values()), tokenizer, conversation)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversation=conversations())
 def test_the_models_own_chat_template_too(conversation: Conversation, request: pytest.FixtureRequest) -> None:

@@ -91,6 +91,7 @@ def test_documents_without_tokens_are_left_out() -> None:
     assert Pack.of(torch.tensor([0, 3, 3, 5])).lengths == (3, 2)
 
 
+@pytest.mark.slow
 def test_alibi_is_right_in_bf16_far_into_a_row() -> None:
     """slope x absolute position in bf16 is wrong by 0.75 at 512: the last document must not feel its offset."""
     lengths = (700, 700, 40)

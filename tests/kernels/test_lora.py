@@ -107,6 +107,7 @@ def test_dropout_drops_the_inputs_of_the_adapter_alone_and_scales_the_rest() -> 
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.95])
 def test_every_place_is_drawn_with_the_same_probability_and_alone(p: float) -> None:
     random = np.random.Generator(np.random.SFC64(7))
@@ -123,6 +124,7 @@ def test_every_place_is_drawn_with_the_same_probability_and_alone(p: float) -> N
     assert abs(lora.bernoulli_places(10**6, p, random).size - 10**6 * p) < 5 * (10**6 * p * (1 - p)) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_the_step_has_the_loss_and_every_gradient_of_peft(family: str) -> None:
     model = tuned(family)
@@ -135,6 +137,7 @@ def test_the_step_has_the_loss_and_every_gradient_of_peft(family: str) -> None:
     assert apart(gradients(model), theirs) < 1e-5
 
 
+@pytest.mark.slow
 def test_bf16_errs_no_more_than_peft_under_autocast() -> None:
     exact = tuned()
     _, wanted = rows_alone(exact)
@@ -153,6 +156,7 @@ def test_bf16_errs_no_more_than_peft_under_autocast() -> None:
     assert error(ours) <= 1.5 * error(theirs)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_draws_the_same_dropout_again() -> None:
     plain, saving = tuned(lora_dropout=0.3), tuned(lora_dropout=0.3)
     saving.gradient_checkpointing_enable({"use_reentrant": False})

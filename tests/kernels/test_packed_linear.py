@@ -57,6 +57,7 @@ def test_a_gradient_goes_through_packed_layers() -> None:
     assert torch.equal(ours, wanted)
 
 
+@pytest.mark.slow
 @needs_bf16
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:

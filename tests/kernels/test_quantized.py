@@ -115,6 +115,7 @@ def test_train_evaluate_train(
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", [INT8, NF4], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -135,6 +136,7 @@ def test_packed_equals_alone(
     assert all(apart(ours[name], theirs[name]) <= 2e-5 for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_is_what_bitsandbytes_trains_with(load: Load, family: str) -> None:
     """Our product of int8 weights against its own one in training mode, loss and every gradient, in float32."""
@@ -168,6 +170,7 @@ def test_int8_linear_against_float64(bias: bool) -> None:
     assert y.dtype is torch.bfloat16 and apart(y.double(), expected) <= 6e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_rounded_inputs_do_not_hide_what_is_examined(load: Load, family: str) -> None:
     """As on CUDA: int8 layers that round their inputs. The model is found exact, and rounds them again afterwards."""
@@ -189,6 +192,7 @@ def test_rounded_inputs_do_not_hide_what_is_examined(load: Load, family: str) ->
     assert not any("forward" in m.__dict__ for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [48, 64])
 def test_answers_in_4_bits(load: Load, hidden: int) -> None:
     """The repacked kernel stops at an assertion for outputs that are no multiple of 32: those layers do without."""
@@ -222,6 +226,7 @@ def test_head_embeddings_and_norms_stay(tmp_path: Path, tied: bool, quantization
     assert torch.equal(model.model.norm.weight, source.model.norm.weight)
 
 
+@pytest.mark.slow
 def test_every_linear_is_wrapped_by_pefts_own_layer_for_it(load: Load) -> None:
     from peft.tuners.lora import bnb as peft_bnb
 

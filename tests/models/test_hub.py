@@ -68,6 +68,7 @@ def test_what_a_model_needs() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_hugging_face_into_the_cache_and_found_without_a_network(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_hugging_face_into_the_cache_and_found_without_a_network(
     assert find_model(MODEL_ID).path == folder
 
 
+@pytest.mark.slow
 def test_only_config_and_tokenizer(hub: FakeHub) -> None:
     from tuoling.models.tokenizers import load_tokenizer
 
@@ -89,6 +91,7 @@ def test_only_config_and_tokenizer(hub: FakeHub) -> None:
     assert same_files(fetch(MODEL_ID), hub), "and the weights come when they are needed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into_cache", [True, False])
 def test_hugging_face_resumes_what_was_cut(hub: FakeHub, tmp_path: Path, into_cache: bool) -> None:
     hub.cut["model.safetensors"] = 5000
@@ -98,6 +101,7 @@ def test_hugging_face_resumes_what_was_cut(hub: FakeHub, tmp_path: Path, into_ca
     assert ranges == [None, "bytes=5000-"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_hugging_face_wrong_checksum_is_removed(hub: FakeHub, name: str) -> None:
     hub.spoil.add(name)
@@ -112,6 +116,7 @@ def test_hugging_face_wrong_checksum_is_removed(hub: FakeHub, name: str) -> None
     )
 
 
+@pytest.mark.slow
 def test_tokens_stay_with_the_hub_and_off_its_cdn(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +128,7 @@ def test_tokens_stay_with_the_hub_and_off_its_cdn(
         assert set(cdn.tokens) == {None} and "Bearer hf_secret" in hub.tokens
 
 
+@pytest.mark.slow
 def test_damage_in_the_cache_is_found_when_asked_again(hub: FakeHub) -> None:
     folder = fetch(MODEL_ID)
     blob = (folder / "model.safetensors").resolve()

@@ -39,6 +39,7 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_weights_arrive_bit_for_bit_and_frozen(folder: Path) -> None:
     model = load(folder)
     stored = load_file(folder / "model.safetensors")

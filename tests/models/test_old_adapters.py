@@ -97,6 +97,7 @@ def test_a_checkpoint_without_config_answers_as_the_adapter(
     assert contents(old) == before, "the user's files are as they were"
 
 
+@pytest.mark.slow
 def test_rank_and_targets_come_from_the_tensors(adapter: Path, base: Path, tmp_path: Path) -> None:
     read = read_adapter(trainer_checkpoint(adapter, tmp_path / "c"), lora_alpha=16)
     assert (read.config["r"], read.config["lora_alpha"]) == (RANK, 16)
@@ -114,6 +115,7 @@ def test_without_an_alpha_it_is_refused(adapter: Path, base: Path, tmp_path: Pat
     assert "--base" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_the_config_of_the_run_counts_for_its_checkpoints(adapter: Path, tmp_path: Path) -> None:
     """Base and alpha stand in the folder above: nothing is asked for. The weights there are the empty file."""
     run = tmp_path / "out"
@@ -126,6 +128,7 @@ def test_the_config_of_the_run_counts_for_its_checkpoints(adapter: Path, tmp_pat
     assert str(old) in str(caught.value.remedy), "the weights that are whole are named"
 
 
+@pytest.mark.slow
 def test_an_empty_file_gives_way_to_the_checkpoint_beside_it(adapter: Path, tmp_path: Path) -> None:
     """As BELLE told its users: pytorch_model.bin copied from a checkpoint into the final folder."""
     final = tmp_path / "final"
@@ -136,6 +139,7 @@ def test_an_empty_file_gives_way_to_the_checkpoint_beside_it(adapter: Path, tmp_
     assert torch.equal(logits(final), logits(adapter))
 
 
+@pytest.mark.slow
 def test_layers_that_have_no_adapter_are_named_one_by_one(adapter: Path, base: Path, tmp_path: Path) -> None:
     first = {name: tensor for name, tensor in state_of(adapter).items() if ".1." not in name}
     assert 0 < len(first) < len(state_of(adapter))
@@ -163,6 +167,7 @@ def test_ranks_that_differ(adapter: Path, base: Path, tmp_path: Path) -> None:
     assert (module.r["default"], module.scaling["default"]) == (2 * RANK, ALPHA / (2 * RANK))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["module.", "default", "legacy"])
 def test_names_of_other_wrappers_and_files_of_old_torch(
     adapter: Path, base: Path, tmp_path: Path, change: str
@@ -189,6 +194,7 @@ def test_a_config_of_another_training(adapter: Path) -> None:
         logits(adapter)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_by_its_shapes(adapter: Path, base: Path, tmp_path: Path) -> None:
     old = trainer_checkpoint(adapter, tmp_path / "c")
     wider = tiny_model(tmp_path / "wider", base.name, hidden=64)
@@ -266,6 +272,7 @@ def grouped(bloom: Path, folder: Path, weights: str) -> tuple[Path, torch.Tensor
         return folder, model(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["adapter_model.bin", "pytorch_model.bin"])
 def test_grouped_lora_gives_the_outputs_of_the_old_layer(bloom: Path, tmp_path: Path, weights: str) -> None:
     folder, expected = grouped(bloom, tmp_path / "old", weights)
@@ -352,6 +359,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(
     assert proof.exists(), "the pickle would have run"
 
 
+@pytest.mark.slow
 def test_files_that_are_cut_hold_nan_or_no_tensors(adapter: Path, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "c"
     folder.mkdir()

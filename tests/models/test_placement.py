@@ -34,6 +34,7 @@ def answers(path: Path, **options: Any) -> tuple[list[str], dict[str, Any]]:
         return said, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_memory_does_not_hold_lies_on_the_disk_and_says_the_same(
     model: Path,
@@ -53,6 +54,7 @@ def test_what_memory_does_not_hold_lies_on_the_disk_and_says_the_same(
     assert not list(tmp_path.glob("tuoling/offload-*")), "the weights on the disk go with the model"
 
 
+@pytest.mark.slow
 def test_adapters_on_a_base_that_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.infer.test_adapters import save_adapter_on
 

@@ -23,6 +23,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 def test_same_ids_and_text_as_sentencepiece(shared_data: Path) -> None:
     import sentencepiece
 

@@ -35,6 +35,7 @@ def test_200_greedy_tokens_from_the_begin_token(model: Model, expected: str) -> 
     assert reply.text == expected
 
 
+@pytest.mark.slow
 def test_stream_gives_the_same_text_in_many_pieces(model: Model, expected: str) -> None:
     pieces = list(
         model.engine.stream(

@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_usual_special_tokens_are_found_in_a_bare_file(folder: Path) -> None:
     for place in (folder, folder / "tokenizer.json"):
         tokenizer = load_tokenizer(place)

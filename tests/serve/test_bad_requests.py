@@ -110,6 +110,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_a_wrong_request_is_refused_and_the_field_named(server: Live, name: str) -> None:
     body, status, param = BAD[name]
@@ -128,6 +129,7 @@ def test_overflow_tells_the_numbers(server: Live, engine: TorchEngine) -> None:
     assert str(tokens) in error["message"] and "4095" in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -149,6 +151,7 @@ def test_bodies_that_cannot_be_read(server: Live, body: bytes, status: int) -> N
     assert HTTP.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_wrong_paths_methods_and_kinds(server: Live) -> None:
     assert server.post("/v1/nothing", {}).status_code == 404
     assert HTTP.get(server.url + CHAT).status_code == 405
@@ -166,6 +169,7 @@ def test_another_sites_page_is_not_answered(server: Live) -> None:
     assert HTTP.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_back(server: Live) -> None:
     """Two answers grow, one waits; the next is told 429. Whoever leaves makes room within a token."""
     body = chat_with(max_tokens=ENDLESS, stream=True)
@@ -192,6 +196,7 @@ def test_a_full_queue_says_when_to_come_back(server: Live) -> None:
     assert server.post(CHAT, chat_with()).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_caller_that_leaves_a_whole_answer_stops_it(server: Live) -> None:
     backend = server.service.backend
     with pytest.raises(httpx.ReadTimeout):
@@ -209,6 +214,7 @@ def until(true: Any) -> None:
     raise AssertionError("it did not happen within 30 s")
 
 
+@pytest.mark.slow
 def test_a_request_that_takes_too_long_is_told_so(engine: TorchEngine) -> None:
     backend = Batcher(engine, rows=1)
     with live(backend, {"m": engine}, limits=Limits(timeout_s=0.2, max_tokens=ENDLESS)) as running:
@@ -220,6 +226,7 @@ def test_a_request_that_takes_too_long_is_told_so(engine: TorchEngine) -> None:
     backend.close()
 
 
+@pytest.mark.slow
 def test_the_end_finishes_what_grows_and_refuses_what_comes(engine: TorchEngine) -> None:
     backend = Batcher(engine, rows=2)
     with live(backend, {"m": engine}, limits=Limits(max_tokens=ENDLESS)) as running:
@@ -237,6 +244,7 @@ def test_the_end_finishes_what_grows_and_refuses_what_comes(engine: TorchEngine)
             backend.submit(Job(Order(engine, (Conversation((Turn("user", "a"),)),), engine.defaults), print))
 
 
+@pytest.mark.slow
 def test_a_short_end_tells_those_it_cuts(engine: TorchEngine) -> None:
     """Nobody is cut off silently: the stream's last event says why."""
     backend = Batcher(engine, rows=2)
@@ -296,6 +304,7 @@ def test_keys_are_made_once_and_kept_as_hashes(
         read_keys(file)
 
 
+@pytest.mark.slow
 def test_a_server_with_keys_lets_only_health_through(engine: TorchEngine) -> None:
     keys = ApiKeys()
     keys.accept("a", "right")
@@ -310,6 +319,7 @@ def test_a_server_with_keys_lets_only_health_through(engine: TorchEngine) -> Non
     backend.close()
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -83,6 +83,7 @@ def run(batcher: Batcher, callers: list[Caller]) -> list[tuple[str, Reply]]:
     return [caller.wait()[0] for caller in callers]
 
 
+@pytest.mark.slow
 def test_batch_mates_change_nothing(engine: TorchEngine, batcher: Batcher) -> None:
     """More callers than rows, a prompt longer than a step's share: each gets the engine's own greedy answer."""
     texts = QUESTIONS * 2

@@ -60,6 +60,7 @@ def chat(client: Any, text: str = "你好", **values: Any) -> Any:
     return client.chat.completions.create(messages=[{"role": "user", "content": text}], **values)
 
 
+@pytest.mark.slow
 def test_a_chat_is_the_engines_answer(client: Any, engine: TorchEngine) -> None:
     for text in ("你好", "三加五"):
         reply = engine.generate([ask(text)], GREEDY)[0]
@@ -73,6 +74,7 @@ def test_a_chat_is_the_engines_answer(client: Any, engine: TorchEngine) -> None:
         assert got.model == "law" and got.object == "chat.completion" and got.id.startswith("chatcmpl-")
 
 
+@pytest.mark.slow
 def test_several_turns_and_a_system_text(client: Any, engine: TorchEngine) -> None:
     got = client.chat.completions.create(
         model="law",
@@ -89,6 +91,7 @@ def test_several_turns_and_a_system_text(client: Any, engine: TorchEngine) -> No
     assert got.choices[0].message.content == engine.generate([Conversation(turns)], GREEDY)[0].text
 
 
+@pytest.mark.slow
 def test_a_stream_with_usage_says_the_same(client: Any) -> None:
     whole = chat(client, "三加五")
     chunks = list(chat(client, "三加五", stream=True, stream_options={"include_usage": True}))
@@ -105,6 +108,7 @@ def test_a_stream_with_usage_says_the_same(client: Any) -> None:
     assert all(chunk.choices and chunk.usage is None for chunk in plain)
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_answer_and_is_not_in_it(client: Any) -> None:
     whole = chat(client, "三加五").choices[0].message.content
     assert len(whole) > 6
@@ -116,6 +120,7 @@ def test_a_stop_ends_the_answer_and_is_not_in_it(client: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_n_answers_have_seeds_of_their_own(client: Any, engine: TorchEngine) -> None:
     """The first of them is what the engine draws with that seed; all of them come again with it."""
     values: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "n": 3}
@@ -134,6 +139,7 @@ def test_n_answers_have_seeds_of_their_own(client: Any, engine: TorchEngine) -> 
     assert [streamed[at] for at in range(3)] == texts
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logprobs_are_the_models(client: Any, engine: TorchEngine) -> None:
     got = chat(client, logprobs=True, top_logprobs=3)
@@ -156,6 +162,7 @@ def test_logprobs_are_the_models(client: Any, engine: TorchEngine) -> None:
     assert [one.logprob for one in streamed] == pytest.approx([one.logprob for one in said], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_completions_go_on_with_the_text(client: Any, engine: TorchEngine) -> None:
     plain = Conversation((Turn("text", "今天天气"),))
     reply = engine.generate([plain], GREEDY)[0]
@@ -177,6 +184,7 @@ def test_completions_go_on_with_the_text(client: Any, engine: TorchEngine) -> No
     assert "".join(chunk.choices[0].text for chunk in pieces) == reply.text
 
 
+@pytest.mark.slow
 def test_the_models_name_chooses_the_adapter(client: Any, engine: TorchEngine) -> None:
     """Each with its own template; those of one moment share their steps."""
     from concurrent.futures import ThreadPoolExecutor
@@ -200,6 +208,7 @@ def test_embeddings_are_refused_politely(client: Any) -> None:
     assert "embedding" in caught.value.message and caught.value.code == "unsupported"
 
 
+@pytest.mark.slow
 def test_questions_in_the_plain_form(server: Live, engine: TorchEngine) -> None:
     """{"question"} → {"answer"}, and the stream that writes a line a piece."""
     text = engine.generate([ask("三加五")], GREEDY)[0].text
@@ -218,6 +227,7 @@ def test_questions_in_the_plain_form(server: Live, engine: TorchEngine) -> None:
     )
 
 
+@pytest.mark.slow
 def test_health_and_counts(server: Live, client: Any) -> None:
     assert HTTP.get(f"{server.url}/health").json() == {"status": "ok"}
     before = server.metric("tuoling_completion_tokens_total")

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,9 +22,10 @@ from tuoling.serve.web import address, page_server, web_app
 from tuoling.serve.web_answer import WebModels
 from tuoling.text.conversation import Conversation
 
-pytest.importorskip("gradio", reason="needs the extra serve")
-server = pytest.importorskip("tuoling.serve.server", reason="needs the extra serve")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
+# Looked for, not imported: gradio takes four seconds, also of a run that leaves these tests out.
+for package in ("gradio", "fastapi", "uvicorn", "playwright"):
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package} (extras serve and dev)", allow_module_level=True)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.slow
@@ -100,6 +102,10 @@ def served() -> Iterator[Served]:
         pytest.skip("no chromium on this machine")
     mine = ScriptedEngine(tuned)
     theirs = ScriptedEngine(lambda conversation: "不知道", fingerprint="base")
+    from playwright.sync_api import sync_playwright
+
+    from tuoling.serve import server
+
     found = server.listen(server.Address(port=0))
     with speaking("en"):
         page = web_app(WebModels({"tuned": mine, "base": theirs}), title="tuned")
@@ -107,7 +113,7 @@ def served() -> Iterator[Served]:
     thread = Thread(target=running.run, kwargs={"sockets": [found]})
     thread.start()
     try:
-        with playwright.sync_playwright() as tools:
+        with sync_playwright() as tools:
             browser = tools.chromium.launch(
                 executable_path=CHROMIUM,
                 args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
@@ -322,6 +328,8 @@ def test_a_page_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     assert say()[0] == 2  # no model
     code, words = say(str(tmp_path / "nowhere"), "--port", "0")
     assert code == 1 and "nowhere" in words
+    from tuoling.serve import server
+
     with server.listen(server.Address(port=0)) as taken:
         port = taken.getsockname()[1]
         code, words = say(str(tmp_path), "--port", str(port))

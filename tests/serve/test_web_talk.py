@@ -55,6 +55,7 @@ def last_frame(chosen: WebModels, talk: Talk, question: str, **wish: Any) -> Fra
     return last
 
 
+@pytest.mark.slow
 @given(TALKS)
 def test_a_browser_gives_back_what_it_was_given(talk: Talk) -> None:
     assert Talk.from_json(json.loads(json.dumps(talk.to_json()))) == talk

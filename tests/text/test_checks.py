@@ -65,6 +65,7 @@ def test_an_added_pad_beyond_the_embedding_is_only_noted(request: pytest.Fixture
     assert levels(own, vocab_rows=31999)[0][0] == "error"
 
 
+@pytest.mark.slow
 def test_a_real_folder_that_contradicts_itself(request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue("shared_data") / "tokenizers" / "openllama-zh-en"
     names = json.loads((folder / "special_tokens_map.json").read_text())

@@ -32,6 +32,7 @@ def theirs(chat_template: str, conversation: Conversation, opened: bool) -> str:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.none() | TEXTS, st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 def test_same_text_as_ours(system: str | None, pairs: list[tuple[str, str]]) -> None:
@@ -55,6 +56,7 @@ def test_nearly_all_can_be_written() -> None:
     assert missing == {"vicuna_interaction", "vicuna_instruct_prompt_py"}  # history inside the question
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatml", "domain_bloom", "alpaca", "belle_v2"])
 def test_read_back_as_the_models_own_template_it_gives_the_same_ids(name: str) -> None:
     hf = tiny_tokenizer()

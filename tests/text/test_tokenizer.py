@@ -69,6 +69,7 @@ def test_chat_template_ids_are_what_the_library_makes(request: pytest.FixtureReq
     assert tokenizer.encode_segments(template.prompt(conversation.question))[0] == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openllama", "mistral"])
 def test_no_space_is_invented(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = load(name, request)
@@ -105,6 +106,7 @@ def test_start_follows_the_tokenizers_habit(request: pytest.FixtureRequest) -> N
     assert load("tiny", request).encode_segments(start)[0][0] != 1  # has <s>, does not use it by itself
 
 
+@pytest.mark.slow
 @REAL
 @_RELAXED
 @given(text=st.text(max_size=40))
@@ -176,6 +178,7 @@ def test_without_an_end_token_nothing_is_trained_and_chat_still_works() -> None:
     assert tokenizer.encode_segments(TEMPLATES["alpaca"].prompt(conversation.question))[0]
 
 
+@pytest.mark.slow
 def test_fingerprint_tells_tokenizers_apart() -> None:
     from tests.tiny import tiny_tokenizer
 

@@ -84,6 +84,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_is_called_by_its_name(tmp_path: Pa
     assert told.value.where == str(tmp_path / "checkpoint-1") and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     model, optimizer = stepped()
     save(tmp_path, 9, model, optimizer)
@@ -112,6 +113,7 @@ def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [(None, None, [1, 2, 3, 4]), (2, None, [3, 4]), (1, "checkpoint-2", [2, 4]), (9, None, [1, 2, 3, 4])],

@@ -53,6 +53,7 @@ def new_rows(tmp_path: Path, count: int = 8) -> Path:
     return write_rows(tmp_path / "new.jsonl", sum_rows(count, start=50))
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_lends_its_weights_and_settings_but_not_its_rows(
     tmp_path: Path, old: Path, bloom: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_run_of_ours_lends_its_weights_and_settings_but_not_its_rows(
     assert load_file(out / "adapter_model.safetensors").keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_keeping_the_schedule_on_the_same_rows_is_the_run_that_was_not_stopped(
     tmp_path: Path, old: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_keeping_the_schedule_on_the_same_rows_is_the_run_that_was_not_stopped(
     assert any("steps 5 to 8 of 8: 1.0 passes over 16 rows, passing over 16 rows" in line for line in said)
 
 
+@pytest.mark.slow
 def test_new_rows_are_as_if_appended_and_begin_at_the_first(tmp_path: Path, old: Path) -> None:
     out, said = go_on(old / "checkpoint-4", new_rows(tmp_path), tmp_path / "next", keep_schedule=True)
     assert column(out, "step") == [5, 6, 7, 8]
@@ -94,6 +97,7 @@ def test_new_rows_are_as_if_appended_and_begin_at_the_first(tmp_path: Path, old:
     assert any("2.0 passes over 8 rows, from the first row" in line for line in said)
 
 
+@pytest.mark.slow
 def test_more_passes_than_epochs_are_asked_for(tmp_path: Path, old: Path) -> None:
     data = new_rows(tmp_path, 4)  # one step an epoch: four are left
     words = ("num_train_epochs=3",)
@@ -141,6 +145,7 @@ def test_a_wrong_call_is_told(tmp_path: Path, words: list[str], problem: str) ->
     assert done.exit_code == 2 and problem in " ".join(done.output.split())
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_not_there_or_is_over_cannot_be_kept(tmp_path: Path, old: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -167,6 +172,7 @@ def test_a_schedule_that_is_not_there_or_is_over_cannot_be_kept(tmp_path: Path, 
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_anybodys_adapter_is_gone_on_from(tmp_path: Path, bloom: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -205,6 +211,7 @@ def test_anybodys_adapter_is_gone_on_from(tmp_path: Path, bloom: Path) -> None:
     assert column(out, "loss")[0] == pytest.approx(loss.item(), abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_gone_on_from_in_full_or_by_lora(tmp_path: Path, bloom: Path) -> None:
     data = new_rows(tmp_path)
     full = run(tmp_path / "full", bloom, max_steps=1, finetuning_type="full").path
@@ -216,6 +223,7 @@ def test_a_whole_model_is_gone_on_from_in_full_or_by_lora(tmp_path: Path, bloom:
         go_on(tmp_path / "nowhere" / "at" / "all", data, tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_damaged_leaves_no_run(tmp_path: Path, old: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()

@@ -116,6 +116,7 @@ def test_machines_that_do_not_answer_are_all_named(tmp_path: Path) -> None:
         require_reachable(hosts[:1], shell, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_machine_that_failed_first_is_the_one_that_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,11 +128,13 @@ def prepared(tmp_path: Path, bloom: Path, world_size: int, **keys: Any) -> tuple
     return prepare(config, say=said.append, world_size=world_size), said
 
 
+@pytest.mark.slow
 def test_more_processes_than_rows(tmp_path: Path, bloom: Path) -> None:
     with pytest.raises(TrainingError, match="7 processes and 6 rows"):
         prepared(tmp_path, bloom, 7)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_rows_of_all_processes(tmp_path: Path, bloom: Path) -> None:
     setup, _ = prepared(tmp_path, bloom, 2, per_device_train_batch_size=1, num_train_epochs=1)
     assert (setup.plan.rows_per_step, setup.plan.total_steps, setup.plan.micro_batches_per_step) == (2, 3, 1)
@@ -140,6 +142,7 @@ def test_the_plan_counts_the_rows_of_all_processes(tmp_path: Path, bloom: Path) 
     assert any("over 2 processes" in value for _, value in setup.plan.lines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"parallel": "zero3"}, {"parallel": "fsdp"}, {"deepspeed": "none.json"}])
 def test_one_process_does_not_need_them_and_says_so(
     tmp_path: Path, bloom: Path, keys: dict[str, str]

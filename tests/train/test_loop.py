@@ -67,6 +67,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path) -
     assert {row["step"] for row in state["log_history"] if "eval_loss" in row} == {3, 6, 9, 12, 15, 18}
 
 
+@pytest.mark.slow
 def test_every_row_is_seen_once_an_epoch(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ class KeepsGradients(torch.optim.SGD):
         self.gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
 def test_the_gradient_is_the_same_in_any_number_of_micro_batches(
     tmp_path: Path, bloom: Path, finetuning_type: str
@@ -203,6 +205,7 @@ def test_the_best_weights_are_kept(tmp_path: Path, bloom: Path, monkeypatch: pyt
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, count = loop.train_step, iter(range(100))
 
@@ -218,6 +221,7 @@ def test_ctrl_c_saves(tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((result.path / "run.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +236,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_spoils_nothing(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +259,7 @@ def state_of(folder: Path) -> tuple[str, str | None]:
     return said["status"], said.get("error")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_end_is_saved_lets_it_be_saved(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +274,7 @@ def test_ctrl_c_while_the_end_is_saved_lets_it_be_saved(
     assert state_of(result.path) == ("finished", None) and (result.path / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_is_told_and_leaves_no_weights(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +291,7 @@ def test_a_stop_before_the_first_step_is_told_and_leaves_no_weights(
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [False, True])
 def test_weights_are_the_last_file_to_be_put_at_the_top(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch, best: bool
@@ -303,6 +311,7 @@ def test_weights_are_the_last_file_to_be_put_at_the_top(
     assert not (tmp_path / "run" / ".final").exists()
 
 
+@pytest.mark.slow
 def test_run_json_says_how_many_rows_were_too_long_and_their_share(tmp_path: Path, bloom: Path) -> None:
     rows = [
         *sum_rows(6),
@@ -324,6 +333,7 @@ def test_a_full_folder_is_refused_and_can_be_moved_aside(tmp_path: Path, bloom: 
     assert (tmp_path / "run.old-1" / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
@@ -352,6 +362,7 @@ def test_plain_text_is_trained_whole(tmp_path: Path, bloom: Path) -> None:
     assert (result.path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_other_tools_render_the_same_prompt(tmp_path: Path, bloom: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -382,6 +393,7 @@ def test_fp16_of_a_config_for_a_gpu_gives_way_on_a_cpu(tmp_path: Path, bloom: Pa
     assert any("fp16" in note for note in manifest["notes"])
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_leaves_the_old_folder_where_it_is(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_the_largest_micro_batch_is_the_longest_rows() -> None:
     assert largest_micro_batch_lengths(RunConfig(per_device_train_batch_size=2), LENGTHS) == [300, 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optim", "bytes_"), [("adamw", 800), ("muon", 800 - 240)])
 def test_muon_keeps_one_state_for_its_matrices(optim: str, bytes_: int) -> None:
     memory = estimate_memory(
@@ -76,6 +77,7 @@ def test_muon_keeps_one_state_for_its_matrices(optim: str, bytes_: int) -> None:
     assert memory.optimizer == bytes_
 
 
+@pytest.mark.slow
 def test_saved_bytes_of_a_llama_block_against_a_sum_by_hand() -> None:
     """float32, LoRA r1 on all linears, one document: per token and block, in elements.
 
@@ -103,10 +105,12 @@ def test_saved_bytes_grow_with_rows_length_and_layers() -> None:
     assert saved([200], gradient_checkpointing=True, layers=4) < saved([200], layers=4) / 2
 
 
+@pytest.mark.slow
 def test_short_documents_are_attended_to_in_float32() -> None:
     assert saved([100, 100], dtype="bf16") > saved([200], dtype="bf16")
 
 
+@pytest.mark.slow
 def test_bloom_and_dropout_are_counted() -> None:
     config = BloomConfig(vocab_size=100, hidden_size=64, n_layer=2, n_head=4)
     without = saved_bytes(config, RunConfig(lora_dropout=0.0), [256], "bf16")

@@ -14,6 +14,7 @@ from tuoling.errors import ModelError
 from tuoling.weights.convert import ConvertOptions, convert
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_of_2023(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", "bloom")
     old, _ = grouped(base, tmp_path / "checkpoint-9", "pytorch_model.bin")

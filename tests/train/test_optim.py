@@ -80,6 +80,7 @@ def test_muon_turns_the_matrices_of_the_blocks_and_adamw_moves_the_rest() -> Non
     assert cosine > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [MuonSettings(), EightBitSettings()], ids=["muon", "adamw_8bit"])
 def test_its_state_goes_through_a_checkpoint(settings: Settings, tmp_path: Path) -> None:
     if settings.optim == "adamw_8bit":

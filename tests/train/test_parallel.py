@@ -24,8 +24,7 @@ pytestmark = pytest.mark.slow
 LONG = pytest.mark.long
 PLAIN = [
     ("bloom", "lora"),
-    ("llama", "full"),
-    *(pytest.param(*pair, marks=LONG) for pair in [("bloom", "full"), ("llama", "lora")]),
+    *(pytest.param(*pair, marks=LONG) for pair in [("llama", "full"), ("bloom", "full"), ("llama", "lora")]),
 ]
 USUAL = [("fsdp", "bloom", "full"), ("zero2", "bloom", "full"), ("zero3", "llama", "lora")]
 SHARDED = [
@@ -79,7 +78,7 @@ def test_engines_that_cut_the_model_train_the_same(
     ("what", "said"),
     [
         ("raises", "rank 1: ZeroDivisionError: broken on purpose"),
-        ("dies", "rank 1 was killed"),
+        pytest.param("dies", "rank 1 was killed", marks=LONG),
         ("hangs", "rank 1 did not answer the others for 8 s"),
     ],
 )

@@ -107,6 +107,7 @@ def test_the_loss_is_that_of_the_run_when_loaded_again(run4: Path) -> None:
     assert losses[1] != pytest.approx(results["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_saving_leaves_the_base_quantised(tmp_path: Path, base: Path, bits: int) -> None:
     from peft import LoraConfig, get_peft_model
@@ -126,6 +127,7 @@ def test_saving_leaves_the_base_quantised(tmp_path: Path, base: Path, bits: int)
     assert lora <= size <= lora + 20_000 and len(layers) >= 8
 
 
+@pytest.mark.slow
 def test_a_run_from_its_adapter_keeps_the_base_as_it_was(tmp_path: Path, run4: Path) -> None:
     from tuoling.train.prepare import prepare
 

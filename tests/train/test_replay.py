@@ -38,6 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_replays_equal_and_nothing_is_written(done: Path) -> None:
     before = files_of(done)
     from_begin = replay(done, steps=4, say=lambda _: None)
@@ -49,6 +50,7 @@ def test_a_deterministic_run_replays_equal_and_nothing_is_written(done: Path) ->
     assert files_of(done) == before
 
 
+@pytest.mark.slow
 def test_the_first_step_that_parts_is_named_and_the_likely_cause(spoiled: Path) -> None:
     rows = [json.loads(line) for line in (spoiled / "metrics.jsonl").read_text().splitlines()]
     was = rows[2]["loss"]
@@ -62,6 +64,7 @@ def test_the_first_step_that_parts_is_named_and_the_likely_cause(spoiled: Path) 
     assert done.exit_code == 1 and "parts at step 3: loss" in done.output and "torch 2.0.1" in done.output
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_end_are_seen(spoiled: Path) -> None:
     path = spoiled / "checkpoint-4" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -71,6 +74,7 @@ def test_other_weights_at_the_end_are_seen(spoiled: Path) -> None:
     assert found.parted is None and found.weights is False and not found.equal
 
 
+@pytest.mark.slow
 def test_other_rows_are_the_cause_that_is_named(spoiled: Path) -> None:
     data = Path(record(spoiled)["config"]["data"][0])
     text = data.read_text(encoding="utf-8")

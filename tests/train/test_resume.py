@@ -49,6 +49,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_it_ends_as_the_run_that_was_not_stopped(stopped: Path, done: Path) -> None:
     said = resume(stopped)
     assert any("the last batch gives the same loss again" in line for line in said)
@@ -58,6 +59,7 @@ def test_it_ends_as_the_run_that_was_not_stopped(stopped: Path, done: Path) -> N
         assert torch.equal(load_file(stopped / "adapter_model.safetensors")[name], tensor), name
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_may_be_named_and_later_ones_are_kept_aside(stopped: Path, done: Path) -> None:
     said = resume(stopped, from_checkpoint="checkpoint-2")
     assert "put aside: checkpoint-4 → old-1.checkpoint-4" in said
@@ -84,6 +86,7 @@ def test_a_foreign_folder_is_told_where_it_can_go(tmp_path: Path) -> None:
         tuoling.resume(tmp_path)
 
 
+@pytest.mark.slow
 def test_another_base_template_or_config_is_listed_and_can_be_accepted(stopped: Path) -> None:
     template = {**record(stopped)["template"], "id": "alpaca"}
     edit_record(
@@ -109,6 +112,7 @@ def test_another_base_template_or_config_is_listed_and_can_be_accepted(stopped: 
     assert resumed["accept_changes"] is True and any("other weights" in line for line in resumed["changed"])
 
 
+@pytest.mark.slow
 def test_weights_that_give_another_loss_are_refused(stopped: Path) -> None:
     checkpoint = stopped / "checkpoint-6"
     position = json.loads((checkpoint / "position.json").read_text())
@@ -125,6 +129,7 @@ def test_weights_that_give_another_loss_are_refused(stopped: Path) -> None:
     assert record(stopped)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_only_keys_that_change_nothing_learned_may_be_given(stopped: Path) -> None:
     with pytest.raises(ConfigError, match="learning_rate cannot be changed"):
         resume(stopped, learning_rate=1.0)
@@ -132,6 +137,7 @@ def test_only_keys_that_change_nothing_learned_may_be_given(stopped: Path) -> No
     assert record(stopped)["resumed"][0]["config"] == {"save_total_limit": 1, "logging_steps": 3}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_there_or_is_damaged(stopped: Path) -> None:
     with pytest.raises(TrainingError, match="no whole checkpoint-5"):
         resume(stopped, from_checkpoint="5")

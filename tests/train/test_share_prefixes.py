@@ -77,6 +77,7 @@ def prepared(asked: Any) -> tuple[Setup, list[str]]:
     return prepare(asked, say=said.append), said
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_learned_nowhere(tmp_path: Path, bloom: Path) -> None:
     rows = dialogues(10)
     plain, said = prepared(config(tmp_path, bloom, rows, val_size=9))
@@ -93,6 +94,7 @@ def test_held_out_rows_are_learned_nowhere(tmp_path: Path, bloom: Path) -> None:
     assert shared.plan.rows + shared.plan.shared_rows == 31 and shared.plan.shared_rows >= 15
 
 
+@pytest.mark.slow
 def test_the_plan_says_it(tmp_path: Path, bloom: Path) -> None:
     setup, said = prepared(config(tmp_path, bloom, dialogues(5), share_prefixes=True))
     shown = dict(setup.plan.lines())["shared prefixes"]
@@ -101,6 +103,7 @@ def test_the_plan_says_it(tmp_path: Path, bloom: Path) -> None:
     assert any("fewer steps" in line for line in said)
 
 
+@pytest.mark.slow
 def test_nothing_to_share_is_said(tmp_path: Path, bloom: Path) -> None:
     setup, said = prepared(config(tmp_path, bloom, dialogues(5, turns=1), share_prefixes=True))
     assert "share_prefixes: no row begins another one" in said

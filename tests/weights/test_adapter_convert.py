@@ -23,6 +23,7 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("convert") / "bloom", "bloom")
 
 
+@pytest.mark.slow
 def test_the_old_bloom_layout_becomes_todays(bloom: Path, tmp_path: Path) -> None:
     """A Trainer checkpoint without config, grouped: read back by PEFT itself, with the old layer's outputs."""
     from peft import PeftModel
@@ -63,6 +64,7 @@ def test_without_its_base_it_is_converted_unchecked(bloom: Path, tmp_path: Path)
     }
 
 
+@pytest.mark.slow
 def test_what_cannot_be_converted_leaves_nothing(bloom: Path, tmp_path: Path) -> None:
     old, _ = grouped(bloom, tmp_path / "old", "pytorch_model.bin")
     wider = tiny_model(tmp_path / "wider", "bloom", hidden=64)

@@ -74,6 +74,7 @@ def stanford(tmp_path: Path, pair: tuple[Path, Path]) -> tuple[Path, dict[str, t
     return tmp_path / "stanford", recovered, float(sum(tensor.sum() for tensor in recovered.values()))
 
 
+@pytest.mark.slow
 def test_their_diff_is_applied(
     tmp_path: Path, pair: tuple[Path, Path], stanford: tuple[Path, dict[str, torch.Tensor], float]
 ) -> None:
@@ -86,6 +87,7 @@ def test_their_diff_is_applied(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_our_diff_is_theirs_and_gives_the_model_back(
     tmp_path: Path, pair: tuple[Path, Path], stanford: tuple[Path, dict[str, torch.Tensor], float]
 ) -> None:
@@ -104,6 +106,7 @@ def test_our_diff_is_theirs_and_gives_the_model_back(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_what_it_loses_is_told(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, _ = pair
     tuned = {name: tensor.float() * 1e-6 for name, tensor in tensors(base).items()}
@@ -141,6 +144,7 @@ def refused(tmp_path: Path, error: type[TuolingError], said: str, *call: Path, *
     assert {path for path in tmp_path.rglob("*") if path.is_dir()} == folders
 
 
+@pytest.mark.slow
 def test_what_is_refused(
     tmp_path: Path, pair: tuple[Path, Path], stanford: tuple[Path, dict[str, torch.Tensor], float]
 ) -> None:
@@ -163,6 +167,7 @@ def test_what_is_refused(
     assert report.proof == "" and "nothing says what the result should be" in report.notes[1]
 
 
+@pytest.mark.slow
 def test_our_record_finds_a_wrong_base_and_a_changed_diff(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, tuned = pair
     make_additive_diff(base, tuned, tmp_path / "diff", DiffOptions())
@@ -181,6 +186,7 @@ def test_our_record_finds_a_wrong_base_and_a_changed_diff(tmp_path: Path, pair: 
     refused(tmp_path, ModelError, "cannot be read", base, tmp_path / "diff", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_numbers_that_cannot_be_subtracted(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, _ = pair
     for number, value in enumerate((torch.tensor([float("inf")]), torch.tensor([3]))):
@@ -192,6 +198,7 @@ def test_numbers_that_cannot_be_subtracted(tmp_path: Path, pair: tuple[Path, Pat
         assert not (tmp_path / "diff").exists()
 
 
+@pytest.mark.slow
 def test_lists(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, tuned = pair
     listed = tmp_path / "md5.txt"

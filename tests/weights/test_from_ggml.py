@@ -52,6 +52,7 @@ def stories(gguf_1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_gguf_1_holds_the_weights_of_llama2c_file(stories: Path, shared_data: Path) -> None:
     _, expected = read_llama2c(shared_data / "weights/stories260K/stories260K.bin")
     found = read_tensors(stories)
@@ -65,6 +66,7 @@ def test_gguf_1_holds_the_weights_of_llama2c_file(stories: Path, shared_data: Pa
     assert read_json(stories / "parity.json") == {"verified": False, "why": "--no-verify"}
 
 
+@pytest.mark.slow
 def test_gguf_1_writes_the_200_greedy_tokens(stories: Path, shared_data: Path) -> None:
     from tuoling.api import load
     from tuoling.text.conversation import Conversation, Turn
@@ -83,6 +85,7 @@ def test_gguf_1_cuts_text_as_the_model_was_trained(stories: Path, shared_data: P
         assert ids_of(stories, text) == ids_of(built, text)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_the_gate_proves_what_was_written(gguf_1: Path, tmp_path: Path) -> None:
     report = convert(gguf_1, tmp_path / "half", options=ConvertOptions(outtype="f16"))
@@ -96,6 +99,7 @@ def test_the_gate_proves_what_was_written(gguf_1: Path, tmp_path: Path) -> None:
 # -- GGUF 2 and 3: what our own writer and the gguf package write --------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bloom"])
 def test_a_gguf_file_of_ours_comes_back_whole(family: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
@@ -319,6 +323,7 @@ def write_old_ggml(
     return decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "multiple_of"), [(0, 4), (1, 4), (2, 64), (3, 64)])
 def test_old_ggml(kind: int, multiple_of: int, tmp_path: Path) -> None:
     """With multiples of 4 the feed-forward rows are 172 long, no multiple of a block."""
@@ -375,6 +380,7 @@ def split(tensors: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_old_ggml_in_two_parts(tmp_path: Path) -> None:
     tensors = old_tensors(4)
     write_old_ggml(tmp_path / "whole.bin", tensors, 1, 4)

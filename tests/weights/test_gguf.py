@@ -75,6 +75,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """The largest difference there is comes from llama.cpp's table for GELU, of float16 (BLOOM only)."""
@@ -229,6 +230,7 @@ def _perplexity(logits_TV: np.ndarray, ids: list[int]) -> float:
     return math.exp(-logits_TV[np.arange(len(ids) - 1), ids[1:]].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outtype", ["q4_0", "q4_k_m"])
 def test_fallbacks_are_those_llama_cpp_counts(outtype: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")

@@ -46,6 +46,7 @@ def llama_logits_with_adapter(file: Path, lora: Path) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "llama", "qwen2"])
 def test_an_adapter_is_merged_or_stands_beside(family: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")
@@ -64,6 +65,7 @@ def test_an_adapter_is_merged_or_stands_beside(family: str, tmp_path: Path) -> N
     assert np.abs(beside - theirs).max() < tolerance
 
 
+@pytest.mark.slow
 def test_scales_that_one_alpha_cannot_say_go_into_the_weights(tmp_path: Path) -> None:
     """rsLoRA divides by the root of the rank; patterns give modules their own rank and alpha."""
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")

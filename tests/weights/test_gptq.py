@@ -79,6 +79,7 @@ def test_a_layer_of_zeros_stays_zero() -> None:
     assert not packed.dequantize().any()
 
 
+@pytest.mark.slow
 def test_only_the_blocks_change(tmp_path: Path) -> None:
     """Everything but the linear layers of the blocks is the source's, bit for bit, in its own type."""
     model = tiny_model(tmp_path / "model", "bloom", hidden=64)
@@ -99,6 +100,7 @@ def test_only_the_blocks_change(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_published_bloom_folders_lack_the_prefix(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -113,6 +115,7 @@ def test_published_bloom_folders_lack_the_prefix(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_written_anew_first(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -129,6 +132,7 @@ def test_pickled_weights_are_written_anew_first(tmp_path: Path) -> None:
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_that_judge_do_not_calibrate(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama")
     data = write_rows(tmp_path / "rows.jsonl", sum_rows(60))
@@ -148,6 +152,7 @@ def test_a_plain_model_without_rows_is_refused_with_the_way_out(tmp_path: Path) 
     assert "--data" in str(caught.value.remedy) and "--method rtn" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_plain_text_calibrates_too(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama")
     data = write_rows(tmp_path / "rows.jsonl", [{"text": f"第{n}天，天气很好。"} for n in range(20)])
@@ -173,6 +178,7 @@ def test_perplexity_is_that_of_the_answers(tmp_path: Path) -> None:
     assert perplexity(model, samples) == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rounding_in_place_gives_what_is_written(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "llama", hidden=64)
     quantize(str(folder), tmp_path / "out", RTN)
@@ -189,6 +195,7 @@ def test_rounding_in_place_gives_what_is_written(tmp_path: Path) -> None:
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", hidden=64)
     for options, why in (
@@ -217,6 +224,7 @@ def test_three_bits_of_a_width_that_gptqmodel_cannot_pack(tmp_path: Path) -> Non
     assert quantized_format(tmp_path / "out") is not None
 
 
+@pytest.mark.slow
 def test_missing_gptqmodel_is_said_with_the_lines_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +238,7 @@ def test_missing_gptqmodel_is_said_with_the_lines_to_type(
         quantize(str(model), tmp_path / "other", QuantizeOptions())
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_not_trained_on(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", hidden=64)
     quantize(str(model), tmp_path / "out", RTN)

@@ -43,6 +43,7 @@ def reading(folder: Path) -> QuantizedWeights:
     return QuantizedWeights(folder, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
     ("kind", "family", "size"),
@@ -70,6 +71,7 @@ def test_old_files_keep_their_integers(
     assert (tmp_path / "new" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_folder_says_what_todays_readers_ask_for(models: dict[str, Path], tmp_path: Path) -> None:
     write_old_gptq(load(models["llama"]), tmp_path / "old.pt", "vicuna", 4, 32)
     convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(models["llama"])))
@@ -84,6 +86,7 @@ def test_the_folder_says_what_todays_readers_ask_for(models: dict[str, Path], tm
     assert recognise(tmp_path / "new").name == "gptq"
 
 
+@pytest.mark.slow
 def test_act_order_is_found_in_g_idx(models: dict[str, Path], tmp_path: Path) -> None:
     dense = write_old_gptq(load(models["llama"]), tmp_path / "old.pt", "vicuna", 4, 32, permuted=True)
     convert(tmp_path / "old.pt", tmp_path / "new", options=not_proven(base=str(models["llama"])))
@@ -93,6 +96,7 @@ def test_act_order_is_found_in_g_idx(models: dict[str, Path], tmp_path: Path) ->
         np.testing.assert_allclose(new.read(f"{name}.weight").numpy(), weight, rtol=HALF, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_that_the_old_packer_destroyed(
     models: dict[str, Path], tmp_path: Path, bits: int
@@ -119,6 +123,7 @@ def test_zero_points_that_the_old_packer_destroyed(
         assert (np.abs(found[2] - weight[2]) > 1e-3).any()
 
 
+@pytest.mark.slow
 def test_a_groupless_zero_point_of_nought_is_kept(models: dict[str, Path], tmp_path: Path) -> None:
     base = models["llama"]
     dense = write_old_gptq(load(base), tmp_path / "old.pt", "groupless", 4, -1, positive=True)
@@ -129,6 +134,7 @@ def test_a_groupless_zero_point_of_nought_is_kept(models: dict[str, Path], tmp_p
         np.testing.assert_allclose(new.read(f"{name}.weight").numpy(), weight, rtol=HALF, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize(("kind", "family"), [("vicuna", "llama"), ("belle", "bloom")])
 def test_old_file_to_folder_to_plain_weights_each_proven(
@@ -153,6 +159,7 @@ def test_old_file_to_folder_to_plain_weights_each_proven(
     assert recognise(tmp_path / "plain").name == "hf"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("to", ["gptq", "plain"])
 def test_a_folder_that_computes_something_else_does_not_stay(
@@ -207,6 +214,7 @@ def write_awq(model: Any, base: Path, folder: Path, size: int = 32) -> dict[str,
     return dense
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_an_awq_folder_is_multiplied_out(models: dict[str, Path], tmp_path: Path) -> None:
     dense = write_awq(load(models["llama"]), models["llama"], tmp_path / "awq")
@@ -219,6 +227,7 @@ def test_an_awq_folder_is_multiplied_out(models: dict[str, Path], tmp_path: Path
     assert report.parity is not None and report.parity.max_logit_difference == 0.0
 
 
+@pytest.mark.slow
 def test_bad_files_are_refused_and_leave_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     base, old, out = models["llama"], tmp_path / "old.pt", tmp_path / "new"
     options = not_proven(base=str(base))

@@ -118,6 +118,7 @@ def cases(families: Iterable[str], kinds: Iterable[str], usual: set[tuple[str, s
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), cases(EVERY, OPTIONS, USUAL))
 def test_merged_computes_what_the_adapter_computes(
     bases: dict[str, Path], tmp_path: Path, family: str, kind: str
@@ -143,6 +144,7 @@ def test_merged_computes_what_the_adapter_computes(
         torch.testing.assert_close(tensor, stock[name], rtol=2e-6, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "gpt2"])
 def test_lora_bias(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
     """The other two have linear layers without a bias."""
@@ -154,6 +156,7 @@ def test_lora_bias(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
 WHOLE = ("head_saved", "embedding_saved", "both_saved", "embedding_lora", "head_lora", "tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     cases(EVERY, WHOLE, {*itertools.product(["bloom"], WHOLE), ("llama", "both_saved"), ("llama", "tokens")}),
@@ -196,6 +199,7 @@ def merged_like_the_adapter(model: Any, base: Path, folder: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_embeddings_that_grew(bases: dict[str, Path], tmp_path: Path) -> None:
     """Seven words were added before training: the adapter holds the larger embeddings, and the result has them."""
     from peft import LoraConfig, get_peft_model
@@ -212,6 +216,7 @@ def test_embeddings_that_grew(bases: dict[str, Path], tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["vocab_size"] == rows
 
 
+@pytest.mark.slow
 def test_tied_embeddings_that_grew_stay_tied(bases: dict[str, Path], tmp_path: Path) -> None:
     """LoRA alone, on a model whose vocabulary was made larger before: PEFT saves the embeddings beside it."""
     from peft import LoraConfig, get_peft_model
@@ -231,6 +236,7 @@ def test_tied_embeddings_that_grew_stay_tied(bases: dict[str, Path], tmp_path: P
 # -- precision -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounded_once(bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
     """W + sBA in float64, then rounded to the dtype: equal but for the last bit of float32's own sum."""
@@ -261,6 +267,7 @@ def test_rounded_once(bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype
     assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.slow
 def test_a_bf16_base_keeps_its_dtype(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "bf16"
     shutil.copytree(bases["llama"], base)
@@ -319,6 +326,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, block: int) -> No
 # -- several adapters ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_adapters_with_weights(bases: dict[str, Path], tmp_path: Path) -> None:
     """Against PEFT's own weighted combination, which for `cat` is the sum of the weighted deltas."""
     from peft import PeftModel
@@ -372,6 +380,7 @@ def _without_prefix(folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "saved"), [(_shard, []), (_pickle, []), (_without_prefix, []), (_without_prefix, ["lm_head"])]
 )
@@ -407,6 +416,7 @@ def run_adapter(base: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_beside_the_weights_comes_along(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "bloom"
     shutil.copytree(bases["bloom"], base)
@@ -449,6 +459,7 @@ def test_everything_beside_the_weights_comes_along(bases: dict[str, Path], tmp_p
     assert "license: bigscience-bloom-rail-1.0" in card and "8 / " in card
 
 
+@pytest.mark.slow
 def test_a_tokenizer_from_the_base_where_the_adapter_has_none(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = peft_adapter(bases["llama"], tmp_path / "a")
     out = merged_folder(adapter, tmp_path / "out")
@@ -482,6 +493,7 @@ def test_adapters_that_are_more_than_a_sum(
     assert nothing_left(tmp_path, "a")
 
 
+@pytest.mark.slow
 def test_dora_is_merged_alone_or_not_at_all(bases: dict[str, Path], tmp_path: Path) -> None:
     dora = find_model(peft_adapter(bases["llama"], tmp_path / "a", use_dora=True))
     other = find_model(peft_adapter(bases["llama"], tmp_path / "b"))
@@ -491,6 +503,7 @@ def test_dora_is_merged_alone_or_not_at_all(bases: dict[str, Path], tmp_path: Pa
         open_merged([Weighted(dora, 0.5)])
 
 
+@pytest.mark.slow
 def test_bases_that_do_not_take_it(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = peft_adapter(bases["llama"], tmp_path / "a")
     other = peft_adapter(bases["qwen2"], tmp_path / "b")
@@ -507,6 +520,7 @@ def test_bases_that_do_not_take_it(bases: dict[str, Path], tmp_path: Path) -> No
     assert "--base" in str(caught.value.remedy)
 
 
+@pytest.mark.slow
 def test_numbers_that_cannot_be_stored(bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "llama"
     shutil.copytree(bases["llama"], base)
@@ -524,6 +538,7 @@ def test_numbers_that_cannot_be_stored(bases: dict[str, Path], tmp_path: Path) -
     assert nothing_left(tmp_path, "a", "llama")
 
 
+@pytest.mark.slow
 def test_an_output_that_is_there(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = peft_adapter(bases["llama"], tmp_path / "a")
     (tmp_path / "out").mkdir()

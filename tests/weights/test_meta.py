@@ -54,6 +54,7 @@ def test_rotary_rows_move_as_written_on_paper() -> None:
     assert torch.equal(pairs_together(pairs_apart(rows, heads), heads), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "params", "count", "by_word"),
     [
@@ -113,6 +114,7 @@ SCALED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "shards"),
     [
@@ -138,6 +140,7 @@ def test_there_and_back_every_byte_is_the_same(tmp_path: Path, values: dict[str,
     assert names == sorted(path.name for path in back.iterdir() if path.name not in OURS)
 
 
+@pytest.mark.slow
 def test_what_we_write_is_what_metas_code_computes(tmp_path: Path) -> None:
     source = huggingface_folder(tmp_path / "hf", tie_word_embeddings=True)
     meta = convert_files(source, tmp_path / "meta", "meta", shards=2)
@@ -150,6 +153,7 @@ def test_what_we_write_is_what_metas_code_computes(tmp_path: Path) -> None:
     assert torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 2, 4, 8])
 @pytest.mark.parametrize("second", [1, 2, 4, 8])
 def test_other_numbers_of_files_and_back(tmp_path: Path, first: int, second: int) -> None:
@@ -194,6 +198,7 @@ def test_a_meta_folder_given_as_a_model_is_told_what_to_do(tmp_path: Path) -> No
     assert f"tuoling convert {source}" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_another_number_type(tmp_path: Path) -> None:
     tensors = meta_style.random_tensors(**SIZES)
     source = meta_style.save_shards(tmp_path / "meta", tensors, PARAMS, 2)
@@ -206,6 +211,7 @@ def test_another_number_type(tmp_path: Path) -> None:
     assert json.loads((meta / "huggingface_config.json").read_text())["dtype"] == "float16"
 
 
+@pytest.mark.slow
 def test_a_kept_config_that_no_longer_fits_is_not_used(tmp_path: Path) -> None:
     source = huggingface_folder(tmp_path / "hf")
     meta = convert_files(source, tmp_path / "meta", "meta")
@@ -228,6 +234,7 @@ def test_a_right_checklist_is_told(tmp_path: Path) -> None:
     assert any("consolidated.01.pth" in note and "right" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_every_direction_is_proven_and_the_figures_lie_beside(tmp_path: Path) -> None:
     source = huggingface_folder(tmp_path / "hf", dtype=torch.float16)
@@ -244,6 +251,7 @@ def test_every_direction_is_proven_and_the_figures_lie_beside(tmp_path: Path) ->
         assert "parity.json" in json.loads((out / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_a_wrong_conversion_does_not_pass_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,7 @@ def test_the_rule_is_metas() -> None:
     assert rule_for(4096, 14336) == (256, 1.3)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(dim=st.integers(8, 9000), size=st.integers(1, 40000))
 def test_every_width_can_be_said(dim: int, size: int) -> None:

@@ -17,6 +17,7 @@ from tuoling.weights.meta_tokenizer import find_tokenizer, tokenizer_from_byte_s
 TEXT = "Once upon a time  there were 3 rabbits, 12345 of them!\n\n今天天气很好，我们去公园玩。 don't  \t🙂"
 
 
+@pytest.mark.slow
 def test_sentencepiece_gives_its_own_ids_and_the_right_ends(shared_data: Path, tmp_path: Path) -> None:
     import sentencepiece
     from transformers import AutoTokenizer
@@ -113,6 +114,7 @@ def test_the_lower_rank_is_merged_first() -> None:
         assert backend.encode("abc", add_special_tokens=False).ids == wanted
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model_is_refused(shared_data: Path, tmp_path: Path) -> None:
     path = shared_data / "tokenizers/mistral-v1/tokenizer.model"
     with pytest.raises(ModelError, match=r"32000 words.*31999 rows"):

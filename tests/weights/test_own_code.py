@@ -69,6 +69,7 @@ def _quantize(own: Path, out: Path, allowed: bool) -> None:
     quantize(str(own), out, options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("step", [_convert, _merge, _prune, _quantize])
 def test_code_runs_only_where_it_is_allowed(

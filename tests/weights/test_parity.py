@@ -75,6 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {family: tiny_model(folder / family, family) for family in ("llama", "bloom", "qwen2")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_streamed_model_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,6 +97,7 @@ def test_a_streamed_model_answers_as_transformers_does(family: str, tmp_path: Pa
     assert (side.how == STREAMED) == (family != "mixtral"), side.how  # its experts lie otherwise in the files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom", "qwen2"])
 def test_equal_weights_differ_by_exactly_nothing(models: Mapping[str, Path], family: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -147,6 +149,7 @@ def _one_bit(tensors: dict[str, torch.Tensor]) -> None:
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [_transpose, _interleave_rotary, _swap_gate_and_up])
 @pytest.mark.parametrize("lossless", [True, False])
 def test_one_wrong_tensor_fails(
@@ -159,12 +162,14 @@ def test_one_wrong_tensor_fails(
     assert found.max_logit_difference > 0.05 * found.spread
 
 
+@pytest.mark.slow
 def test_the_last_bit_of_one_weight_is_seen(models: Mapping[str, Path], tmp_path: Path) -> None:
     found = compare(models["llama"], altered(models["llama"], tmp_path / "bit", _one_bit))
     assert not found.passed
     assert 0 < found.max_logit_difference < 1e-4
 
 
+@pytest.mark.slow
 def test_bloom_with_its_fused_queries_in_another_order_fails(
     models: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -182,6 +187,7 @@ def _cast(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
     return cast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrower_type_is_exact_to_that_type(
     models: Mapping[str, Path], tmp_path: Path, dtype: torch.dtype
@@ -197,6 +203,7 @@ def test_a_narrower_type_is_exact_to_that_type(
     assert back.passed and back.max_logit_difference == 0.0 and back.rounding_difference is None
 
 
+@pytest.mark.slow
 def test_cutting_instead_of_rounding_fails(models: Mapping[str, Path], tmp_path: Path) -> None:
     def cut(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -262,6 +269,7 @@ def test_a_merged_adapter_answers_as_the_adapter_beside_its_base(
     assert not compare(before, nearly).passed
 
 
+@pytest.mark.slow
 def test_two_adapters_with_weights(models: Mapping[str, Path], adapter: Path, tmp_path: Path) -> None:
     twice = Weights(models["llama"], (Beside(adapter, 0.5), Beside(adapter, 0.25)))
     whole = merged(models["llama"], adapter, tmp_path / "merged", dtype=torch.float32, weight=0.75)
@@ -269,6 +277,7 @@ def test_two_adapters_with_weights(models: Mapping[str, Path], adapter: Path, tm
     assert not compare(Weights(models["llama"], (Beside(adapter, 0.5),)), whole).passed
 
 
+@pytest.mark.slow
 def test_a_merge_that_forgets_one_layer_fails(
     models: Mapping[str, Path], adapter: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +301,7 @@ def pruned(model: Path, out: Path, kept: list[int]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_pruned_vocabulary_is_compared_on_the_words_it_kept(
     models: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -308,6 +318,7 @@ def test_a_pruned_vocabulary_is_compared_on_the_words_it_kept(
         compare(models["llama"], small)
 
 
+@pytest.mark.slow
 def test_a_grown_vocabulary_is_compared_on_the_words_it_had(
     models: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -360,6 +371,7 @@ def test_a_lossy_step_passes_within_its_bound(models: Mapping[str, Path], tmp_pa
     assert not refused.passed and "perplexity" in refused.reasons[0]
 
 
+@pytest.mark.slow
 def test_weights_that_give_nan_are_told(models: Mapping[str, Path], tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] = math.nan
@@ -380,6 +392,7 @@ def test_rows_are_filled_up_on_the_right() -> None:
     assert padded([[5, 6, 7], [8]]).tolist() == [[5, 6, 7], [8, 0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_the_gate_refuses_and_leaves_no_record(models: Mapping[str, Path], tmp_path: Path) -> None:
     wrong = altered(models["llama"], tmp_path / "wrong", _transpose)

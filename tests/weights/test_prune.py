@@ -41,6 +41,7 @@ def logits(folder: Path, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_on_kept_words_are_the_full_models(family: str, tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", family)
@@ -56,6 +57,7 @@ def test_logits_on_kept_words_are_the_full_models(family: str, tmp_path: Path) -
     torch.testing.assert_close(small_TV, full_TV[:, torch.from_numpy(found.old_ids)], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gate_finds_no_difference_at_all(family: str, tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_scores_are_the_models_own(place: str | None, request: pytest.FixtureReq
     assert found.outside_best == best / places
 
 
+@pytest.mark.slow
 def test_tensors_are_the_full_ones_or_their_kept_rows(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -113,6 +116,7 @@ def test_tensors_are_the_full_ones_or_their_kept_rows(tmp_path: Path) -> None:
         assert torch.equal(after[name], tensor[rows] if by_word else tensor), name
 
 
+@pytest.mark.slow
 def test_config_and_generation_follow(tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", "qwen2")
     settings = {"eos_token_id": [2, 1], "pad_token_id": 3, "suppress_tokens": [2, 300], "temperature": 0.5}
@@ -149,6 +153,7 @@ def test_ids_inside_a_config() -> None:
     }
 
 
+@pytest.mark.slow
 def test_held_out_text_is_told_honestly(tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", "bloom")
     other = tmp_path / "other.txt"
@@ -163,6 +168,7 @@ def test_held_out_text_is_told_honestly(tmp_path: Path) -> None:
     assert all(small.decode(small.hf(text)["input_ids"]) == text for text in TEXT)
 
 
+@pytest.mark.slow
 def test_rare_words_can_be_left_out_and_rows_then_differ(tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", "bloom")
     report = prune(tmp_path, full, min_count=50)
@@ -170,6 +176,7 @@ def test_rare_words_can_be_left_out_and_rows_then_differ(tmp_path: Path) -> None
     assert report.corpus.rows_same < report.corpus.rows == report.corpus.texts_same
 
 
+@pytest.mark.slow
 def test_bloom_rows_beyond_the_tokenizer_go(tmp_path: Path) -> None:
     """BLOOM has 250,880 rows for 250,680 tokens, and its published files lack the base model's prefix."""
     from safetensors.torch import load_file, save_file
@@ -205,6 +212,7 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_stays(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_weights_that_hold_nan_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -250,6 +258,7 @@ def adapter_on(folder: Path, out: Path, *, words: bool) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("words", [False, True])
 def test_an_adapter_goes_back_on_the_full_model(words: bool, tmp_path: Path) -> None:
@@ -274,6 +283,7 @@ def test_an_adapter_goes_back_on_the_full_model(words: bool, tmp_path: Path) -> 
     assert report.after.outside != report.before.outside
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_a_trained_model_goes_back_on_the_full_one(family: str, tmp_path: Path) -> None:
@@ -305,6 +315,7 @@ def test_a_trained_model_goes_back_on_the_full_one(family: str, tmp_path: Path) 
     assert hashlib.sha256((tmp_path / "back" / "tokenizer.json").read_bytes()).digest() == same
 
 
+@pytest.mark.slow
 def test_another_model_is_not_taken_for_the_full_one(tmp_path: Path) -> None:
     full = tiny_model(tmp_path / "full", "llama")
     other = tiny_model(tmp_path / "other", "llama", seed=1)

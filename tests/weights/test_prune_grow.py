@@ -60,6 +60,7 @@ def chinese(tmp_path: Path) -> Path:
     return train_spm(tmp_path / "zh", "bpe", 400, sentences(300))
 
 
+@pytest.mark.slow
 def test_new_rows_are_the_mean_of_what_the_word_was(llama: Path, chinese: Path, tmp_path: Path) -> None:
     report = grow_vocab(llama, tmp_path / "big", chinese, verify=False, say=quiet)
     assert report.rows_before == 331
@@ -82,6 +83,7 @@ def test_new_rows_are_the_mean_of_what_the_word_was(llama: Path, chinese: Path, 
     assert config["eos_token_id"] == 2
 
 
+@pytest.mark.slow
 def test_old_text_stays_and_new_text_gets_shorter(llama: Path, chinese: Path, tmp_path: Path) -> None:
     import sentencepiece
 
@@ -97,6 +99,7 @@ def test_old_text_stays_and_new_text_gets_shorter(llama: Path, chinese: Path, tm
     assert ids_of(new, words) == ids_of(old, words)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gate_here")
 def test_the_gate_compares_the_words_that_were_there(llama: Path, chinese: Path, tmp_path: Path) -> None:
     report = grow_vocab(llama, tmp_path / "big", chinese, say=quiet)
@@ -115,6 +118,7 @@ def test_pieces_that_never_come_out_are_left_out(llama: Path, chinese: Path) -> 
     assert growth.old_ids.count(-1) == len(growth.pieces) == len(growth.made_of)
 
 
+@pytest.mark.slow
 def test_what_cannot_grow_is_refused(llama: Path, chinese: Path, tmp_path: Path) -> None:
     bloom = tiny_model(tmp_path / "bloom", "bloom")
     with pytest.raises(ModelError, match="sentencepiece BPE"):

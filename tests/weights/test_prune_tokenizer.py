@@ -140,6 +140,7 @@ def sentences(count: int) -> list[str]:
 KINDS = (*NAMES, "unigram")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 def test_texts_that_chose_come_out_the_same(pair: Any) -> None:
     full, smaller, old_ids = pair
@@ -156,6 +157,7 @@ def test_every_id_is_the_same_token(pair: Any) -> None:
         assert smaller.hf.convert_ids_to_tokens(new) == full.hf.convert_ids_to_tokens(int(old))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -180,6 +182,7 @@ def test_any_text_can_still_be_written(pair: Any, text: str) -> None:
     assert smaller.decode(ids_of(smaller, text)) == full.decode(ids_of(full, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 def test_closed_over_what_makes_each_token(pair: Any) -> None:
     """Every kept token comes out of its own characters with the kept merges alone (an independent BPE)."""
@@ -216,6 +219,7 @@ def test_a_token_is_made_by_the_best_merges_not_by_the_shortest() -> None:
     assert BytePairs(vocab, ["a b"]).merges == [("a", "b")]
 
 
+@pytest.mark.slow
 def test_special_tokens_and_the_frame_are_renumbered(request: pytest.FixtureRequest) -> None:
     full = load("openllama", request)
     smaller, old_ids = pruned(full, ["你好"])
@@ -276,6 +280,7 @@ def test_the_sentencepiece_file_agrees_with_its_own_library(kind: str, tmp_path:
     assert read_proto(path).trainer_spec.pad_id == -1 == theirs.pad_id()
 
 
+@pytest.mark.slow
 def test_the_real_sentencepiece_model_agrees_with_its_own_library(shared_data: Path) -> None:
     import sentencepiece
 

@@ -49,6 +49,7 @@ def test_every_stop_says_the_same(shared_data: Path, tmp_path: Path) -> None:
     assert greedy_by_tuoling(tmp_path / "back2") == expected
 
 
+@pytest.mark.slow
 def test_without_the_record_of_where_it_came_from(shared_data: Path, tmp_path: Path) -> None:
     """params.json alone gives the same model: the tied head is found, the context is what its era had."""
     folder = build_stories260k(shared_data, tmp_path / "hf")

@@ -74,6 +74,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "base", tmp_path / "tuned"
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     item_bytes=st.sampled_from([1, 2, 4, 8]),

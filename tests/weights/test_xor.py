@@ -137,6 +137,7 @@ def test_the_real_block_size(tmp_path: Path, key_size: int) -> None:
     assert (tmp_path / "again.bin").read_bytes() == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_folder_there_and_back(tmp_path: Path, key: Path, model: Path, workers: int) -> None:
     (model / ".cache").mkdir()
@@ -153,6 +154,7 @@ def test_a_folder_there_and_back(tmp_path: Path, key: Path, model: Path, workers
     assert report.left_out == ["README.md"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_first_shard_of_a_folder_is_the_base(tmp_path: Path, key: Path, model: Path) -> None:
     diff(key.parent, model, tmp_path / "enc")
     patch(key, tmp_path / "enc", tmp_path / "out")
@@ -190,6 +192,7 @@ def encrypted(tmp_path: Path, key: Path, model: Path) -> Path:
     return tmp_path / "enc"
 
 
+@pytest.mark.slow
 def test_a_wrong_base_leaves_nothing(tmp_path: Path, key: Path, encrypted: Path) -> None:
     other = tmp_path / "other.pth"
     other.write_bytes(noise(BLOCK * 3 + 7, 2))
@@ -200,6 +203,7 @@ def test_a_wrong_base_leaves_nothing(tmp_path: Path, key: Path, encrypted: Path)
     refused(tmp_path, ModelError, "the base is empty", other, encrypted, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_cut_or_changed_file_leaves_nothing(tmp_path: Path, key: Path, encrypted: Path) -> None:
     victim = next(encrypted.glob("pytorch_model-00001*"))
     whole = victim.read_bytes()
@@ -216,6 +220,7 @@ def test_a_cut_or_changed_file_leaves_nothing(tmp_path: Path, key: Path, encrypt
     refused(tmp_path, ModelError, "two diffs of pytorch_model", key, encrypted, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept(tmp_path: Path, key: Path, model: Path, encrypted: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -228,6 +233,7 @@ def test_what_is_there_is_kept(tmp_path: Path, key: Path, model: Path, encrypted
         diff(key, model, encrypted)
 
 
+@pytest.mark.slow
 def test_force_takes_the_old_diffs_away(tmp_path: Path, key: Path, model: Path, encrypted: Path) -> None:
     """They have the old hash in their names; two diffs of one file could not be applied."""
     (model / "config.json").write_bytes(b"changed")
@@ -237,6 +243,7 @@ def test_force_takes_the_old_diffs_away(tmp_path: Path, key: Path, model: Path, 
     assert contents(tmp_path / "out") == contents(model)
 
 
+@pytest.mark.slow
 def test_a_wrong_base_shows_on_the_smallest_file(
     tmp_path: Path, key: Path, encrypted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,12 +265,14 @@ def test_a_wrong_base_shows_on_the_smallest_file(
     assert read == ["one"]
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_written(tmp_path: Path, key: Path, encrypted: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     refused(tmp_path, OutputError, "cannot write", key, encrypted, tmp_path / "file" / "out")
     refused(tmp_path, OutputError, "cannot write", key, encrypted, Path("/proc/none"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_before(
     tmp_path: Path, key: Path, encrypted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +290,7 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_list_that_diff_writes_is_the_one_that_patch_checks(
     tmp_path: Path, key: Path, model: Path
 ) -> None:
@@ -305,6 +315,7 @@ def test_a_result_with_the_name_of_the_base(tmp_path: Path, key: Path) -> None:
     assert (tmp_path / "out" / key.name).read_bytes() == tuned.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "said"), [("consolidated.00.pth", "not the base"), ("one", "the result"), ("one.*", "the diff")]
 )
@@ -317,6 +328,7 @@ def test_each_stage_is_compared_with_the_list(
     refused(tmp_path, ModelError, said, key, encrypted, tmp_path / "out", lists=lists)
 
 
+@pytest.mark.slow
 def test_a_missing_shard_of_the_list(tmp_path: Path, key: Path, encrypted: Path) -> None:
     write_checksums(tmp_path / "md5.txt", {f"third.bin.{'1' * 64}.enc": "0" * 32})
     lists = read_checksums(tmp_path / "md5.txt")
@@ -348,6 +360,7 @@ def test_lists_of_every_shape(tmp_path: Path) -> None:
         read_checksums(listed)
 
 
+@pytest.mark.slow
 def test_the_base_is_compared_before_anything_is_read(tmp_path: Path, key: Path, encrypted: Path) -> None:
     right = md5(key.read_bytes())
     assert patch(key, encrypted, tmp_path / "a", base_hash=right).base_checked_by  # type: ignore[attr-defined]
@@ -382,6 +395,7 @@ def test_the_hash_of_the_base_is_computed_once(
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_an_error_in_one_file_stops_the_others(
     tmp_path: Path, key: Path, encrypted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
