@@ -76,7 +76,8 @@ def build(folder: Path, shape: Shape, dtype: str = "float16", seed: int = 0) -> 
     import torch
 
     from tuoling.weights.meta_layout import llama_shapes
-    from tuoling.weights.tensors import SafetensorsWriter, TensorInfo
+    from tuoling.weights.safetensors_writer import SafetensorsWriter
+    from tuoling.weights.tensors import TensorInfo
 
     kind = getattr(torch, dtype)
     config = shape.config(dtype)

@@ -473,7 +473,8 @@ def anonymous_bytes() -> int:
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     """192 MiB of bfloat16 in one tensor, read from a file: less than half of it is ever private."""
     from tuoling.weights.gguf_file import TensorPlan, write_gguf
-    from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, open_weights
+    from tuoling.weights.safetensors_writer import SafetensorsWriter
+    from tuoling.weights.tensors import TensorInfo, open_weights
 
     shape = (24576, 4096)
     with SafetensorsWriter(tmp_path / "m", {"w": TensorInfo(torch.bfloat16, shape)}) as writer:

@@ -20,7 +20,8 @@ from tuoling.errors import ModelError, TuolingError, UsageError
 from tuoling.weights.convert import ConvertOptions, convert, recognise
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
 from tuoling.weights.parity import ParityError
-from tuoling.weights.tensors import SafetensorsWriter, open_weights
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import open_weights
 
 not_proven = functools.partial(ConvertOptions, verify=False)
 HALF = 2**-11

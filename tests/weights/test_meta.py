@@ -23,7 +23,8 @@ from tuoling.weights import meta_layout
 from tuoling.weights.convert import ConvertOptions, convert
 from tuoling.weights.meta_layout import MetaCheckpoint, pairs_apart, pairs_together
 from tuoling.weights.parity import ParityError
-from tuoling.weights.tensors import SafetensorsWriter, open_weights
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import open_weights
 
 OURS = ("manifest.json", "parity.json", "lineage.json")
 SIZES = {"dim": 64, "layers": 2, "heads": 8, "kv_heads": 8, "wide": 192, "words": 96}

@@ -13,15 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tuoling.errors import ModelError, OutputError, TuolingError, UsageError
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    copy_companions,
-    non_finite,
-    open_weights,
-    split_evenly,
-    split_shards,
-)
+from tuoling.weights.companions import copy_companions
+from tuoling.weights.safetensors_writer import SafetensorsWriter, split_evenly, split_shards
+from tuoling.weights.tensors import TensorInfo, non_finite, open_weights
 
 
 def mixed_tensors() -> dict[str, torch.Tensor]:

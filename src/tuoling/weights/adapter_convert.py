@@ -10,8 +10,10 @@ from tuoling.errors import UsageError
 from tuoling.language import tr
 from tuoling.models.adapter_files import ADAPTER_CONFIG
 from tuoling.models.adapter_reading import Adapter, read_adapter
+from tuoling.weights.companions import copy_companions
 from tuoling.weights.convert import ConvertOptions, Report
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_companions
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from tuoling.models.source import ModelSource

@@ -23,17 +23,11 @@ from tuoling.language import tr
 from tuoling.models.licence import of_folder, write_lineage
 from tuoling.weights.additive_check import Recovered, judge, wrong
 from tuoling.weights.checksums import require_listed_files, write_md5_of
+from tuoling.weights.companions import copy_companions
 from tuoling.weights.diff_options import DiffOptions, DiffReport, MadeFile
+from tuoling.weights.safetensors_writer import SafetensorsWriter, tensor_bytes
 from tuoling.weights.tensor_diff_files import check_base_file
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    TensorSource,
-    copy_companions,
-    non_finite,
-    open_weights,
-    tensor_bytes,
-)
+from tuoling.weights.tensors import TensorInfo, TensorSource, non_finite, open_weights
 
 RECORD = "tuoling_diff.json"
 INV_FREQ = "rotary_emb.inv_freq"

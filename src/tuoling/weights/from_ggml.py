@@ -29,7 +29,8 @@ from tuoling.weights.gguf_reading import PLAIN
 from tuoling.weights.meta_tokenizer import write_tokenizer
 from tuoling.weights.old_ggml import OldGgmlModel, sentencepiece_beside
 from tuoling.weights.rewrite import cast, number_type, with_dtype
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, TensorSource
 
 BLOCKS_AS = torch.float16
 """What blocks of 4 to 8 bits become unless `--outtype` says otherwise: the type of their own scales."""

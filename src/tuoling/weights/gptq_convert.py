@@ -14,20 +14,15 @@ from tuoling.language import tr
 from tuoling.models.adapters import some
 from tuoling.models.shape import linear_shapes, meta_model
 from tuoling.models.source import find_model
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.gptq_format import PARTS, QUANTIZE_CONFIG, QuantizedFormat, QuantizedWeights
 from tuoling.weights.gptq_old import OldLayer, OldQuantizedWeights, Survey, Unpacked, layers_of, read_layer
 from tuoling.weights.gptq_packing import PackedLinear, pack_zeros
 from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    TensorSource,
-    copy_code,
-    copy_companions,
-    open_weights,
-)
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, TensorSource, open_weights
 
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
 """Buffers that old files carry and that are computed now."""

@@ -9,11 +9,13 @@ import torch
 from tuoling.errors import ModelError
 from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.gptq_format import QuantizedWeights, quantized_format
 from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, copy_code, copy_companions
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo
 
 
 def convert_gptq(source: Path, out: Path, options: ConvertOptions) -> Report:

@@ -19,6 +19,7 @@ from tuoling.language import tr
 from tuoling.models.adapters import some
 from tuoling.models.load import load_tokenizer
 from tuoling.models.source import ModelSource, weight_files
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.convert import ConvertOptions
 from tuoling.weights.gptq_format import (
     PARTS,
@@ -30,14 +31,8 @@ from tuoling.weights.gptq_format import (
 from tuoling.weights.gptq_options import QuantizeOptions
 from tuoling.weights.rewrite import convert_huggingface
 from tuoling.weights.rtn import quantise
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    TensorSource,
-    copy_code,
-    copy_companions,
-    open_weights,
-)
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, TensorSource, open_weights
 
 
 def plain_folder(

@@ -25,13 +25,14 @@ from tuoling.text.render import Segment
 from tuoling.text.templates import choose_template
 from tuoling.text.tokenizer import TextTokenizer
 from tuoling.weights import parity
+from tuoling.weights.companions import copy_code
 from tuoling.weights.prune_bpe import BytePairs
 from tuoling.weights.prune_corpus import Rows
 from tuoling.weights.prune_files import tokenizer_home, write_renumbered
 from tuoling.weights.prune_spm import SPM_NAMES, read_proto
 from tuoling.weights.prune_tokenizer import TokenizerState
 from tuoling.weights.prune_weights import WordTensors, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, copy_code, open_weights
+from tuoling.weights.tensors import TensorSource, open_weights
 from tuoling.weights.vocabulary_map import renumber_config
 
 if TYPE_CHECKING:

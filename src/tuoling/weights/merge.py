@@ -18,17 +18,11 @@ from tuoling.models.adapters import some
 from tuoling.models.licence import of_model, to_json, union, write_lineage
 from tuoling.models.source import TEMPLATE_FILE, ModelSource
 from tuoling.weights.changes import Change, Rows, Whole, apply_changes
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.deltas import Changes, changes_of, require_dora_alone, same_base
 from tuoling.weights.merge_card import merge_card
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    TensorSource,
-    copy_code,
-    copy_companions,
-    non_finite,
-    open_weights,
-)
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, TensorSource, non_finite, open_weights
 
 RECORD = "tuoling.json"
 """What a folder of weights was made of and how: beside the weights of every merge."""

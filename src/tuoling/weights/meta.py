@@ -17,6 +17,7 @@ from tuoling.language import tr
 from tuoling.models.adapters import some
 from tuoling.models.source import weight_files
 from tuoling.weights.checklists import verify_checksums
+from tuoling.weights.companions import copy_companions
 from tuoling.weights.convert import ConvertOptions, Report, prove
 from tuoling.weights.meta_layout import (
     COMPUTED,
@@ -34,7 +35,8 @@ from tuoling.weights.meta_params import LLAMA3_WORDS, PARAMS, from_config
 from tuoling.weights.meta_tokenizer import TOKENIZER, find_tokenizer, write_tokenizer
 from tuoling.weights.parity import Weights
 from tuoling.weights.rewrite import cast, number_type, with_dtype
-from tuoling.weights.tensors import SafetensorsWriter, TensorInfo, TensorSource, copy_companions, open_weights
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, TensorSource, open_weights
 from tuoling.weights.torch_zip import TorchZipWriter
 
 

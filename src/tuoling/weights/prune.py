@@ -20,6 +20,7 @@ from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.templates import choose_template
 from tuoling.text.tokenizer import TextTokenizer
 from tuoling.weights import parity
+from tuoling.weights.companions import copy_code
 from tuoling.weights.parity import Weights
 from tuoling.weights.prune_choice import Choice, choose
 from tuoling.weights.prune_corpus import (
@@ -43,7 +44,7 @@ from tuoling.weights.prune_report import (
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_tokenizer import SPECIAL_NAMES, TokenizerState
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, copy_code, open_weights
+from tuoling.weights.tensors import TensorSource, open_weights
 from tuoling.weights.vocabulary_map import VocabularyMap, renumber_config, token_ids_of
 
 if TYPE_CHECKING:

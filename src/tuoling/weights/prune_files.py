@@ -11,9 +11,9 @@ from tuoling import console
 from tuoling.errors import ModelError
 from tuoling.files import atomic_write, read_json, write_json
 from tuoling.language import tr
+from tuoling.weights.companions import copy_companions
 from tuoling.weights.prune_spm import SPM_NAMES, pruned_proto
 from tuoling.weights.prune_tokenizer import SPECIAL_NAMES, TokenizerState
-from tuoling.weights.tensors import copy_companions
 
 if TYPE_CHECKING:
     from tuoling.models.source import ModelSource

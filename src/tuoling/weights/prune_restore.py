@@ -21,11 +21,12 @@ from tuoling.models.source import TEMPLATE_FILE, ModelSource, find_model, hub_na
 from tuoling.models.tokenizers import load_tokenizer
 from tuoling.text.render import Segment
 from tuoling.text.templates import choose_template
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.parity import PROBES, Beside, Weights
 from tuoling.weights.prune_corpus import Rows
 from tuoling.weights.prune_score import TextScore, score, short_rows
 from tuoling.weights.prune_weights import WordTensors, rows_sha256, word_tensors, write_rows
-from tuoling.weights.tensors import TensorSource, copy_code, copy_companions, open_weights
+from tuoling.weights.tensors import TensorSource, open_weights
 from tuoling.weights.vocabulary_map import MAP_FILE, VocabularyMap, renumber_config
 
 REPORT_FILE = "restore.json"

@@ -13,14 +13,8 @@ import torch
 from tuoling.errors import ModelError
 from tuoling.language import tr
 from tuoling.models.shape import meta_model
-from tuoling.weights.tensors import (
-    SHARD_SIZE_BYTES,
-    SafetensorsWriter,
-    TensorInfo,
-    TensorSource,
-    require_finite,
-    tensor_bytes,
-)
+from tuoling.weights.safetensors_writer import SHARD_SIZE_BYTES, SafetensorsWriter, tensor_bytes
+from tuoling.weights.tensors import TensorInfo, TensorSource, require_finite
 
 if TYPE_CHECKING:
     from tuoling.models.source import ModelSource

@@ -13,16 +13,10 @@ from tuoling.files import atomic_folder, read_json, write_json
 from tuoling.language import tr
 from tuoling.models.source import weight_files
 from tuoling.weights.checklists import verify_checksums
+from tuoling.weights.companions import copy_code, copy_companions
 from tuoling.weights.convert import ConvertOptions, Report, prove
-from tuoling.weights.tensors import (
-    SafetensorsWriter,
-    TensorInfo,
-    copy_code,
-    copy_companions,
-    non_finite,
-    open_weights,
-    require_finite,
-)
+from tuoling.weights.safetensors_writer import SafetensorsWriter
+from tuoling.weights.tensors import TensorInfo, non_finite, open_weights, require_finite
 
 NUMBER_TYPES = {
     "f32": torch.float32,

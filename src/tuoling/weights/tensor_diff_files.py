@@ -19,8 +19,9 @@ from tuoling.models.weight_files import SafetensorsHeader, damaged, read_header
 from tuoling.weights.checksums import check_base, require_listed_files, write_md5_of
 from tuoling.weights.delta_code import CHUNK_BYTES, DamagedCode, decode, encode, split_codes
 from tuoling.weights.diff_options import DiffOptions, DiffReport, MadeFile
+from tuoling.weights.safetensors_writer import tensor_bytes
 from tuoling.weights.tensor_diff import DiffWriter, FileRecord, Part, Record, is_tensor_diff, read_record
-from tuoling.weights.tensors import DTYPE_NAMES, TensorSource, open_weights, tensor_bytes
+from tuoling.weights.tensors import DTYPE_NAMES, TensorSource, open_weights
 from tuoling.weights.workers import Workers, workers
 from tuoling.weights.xor_folder import require_file, require_space, visible_files
 

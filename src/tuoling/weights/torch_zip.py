@@ -24,7 +24,8 @@ import torch
 from tuoling.errors import OutputError
 from tuoling.language import tr
 from tuoling.models.adapters import some
-from tuoling.weights.tensors import TensorInfo, reserve, tensor_bytes, write_at
+from tuoling.weights.safetensors_writer import reserve, tensor_bytes, write_at
+from tuoling.weights.tensors import TensorInfo
 
 ALIGNMENT = 64
 """torch.save puts every storage at a multiple of this."""
