@@ -421,7 +421,8 @@ def test_skipping_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_gate_holds_one_layer_and_writes_its_figures_beside_the_output(tmp_path: Path) -> None:
-    """Through the child process, as every command does it: 10 layers of 13 MiB and two tables of 8 MiB on each side."""
+    """Through the child process, as every command does it: 10 layers of 13 MiB and two tables of 8 MiB, and half of that
+    on the other side. What it needs is less than the larger side alone (146 MiB)."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -439,4 +440,4 @@ def test_the_gate_holds_one_layer_and_writes_its_figures_beside_the_output(tmp_p
     assert lines[0].startswith("parity passed: ") and lines == table(found)
     assert (full / "model.safetensors").stat().st_size > 140 << 20
     assert found.peak_gib is not None and record["peak_gib"] == found.peak_gib
-    assert found.peak_gib * 2**30 < 100 << 20
+    assert found.peak_gib * 2**30 < 140 << 20
