@@ -95,6 +95,7 @@ def test_english_labels_where_there_is_no_font(
     assert all(text.isascii() for text in labels)
 
 
+@pytest.mark.slow
 def test_the_font_really_has_chinese() -> None:
     font = plots.cjk_font()
     if font is None:

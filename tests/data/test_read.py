@@ -304,6 +304,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_real_files(shared_data, name):
     rows = list(read_rows(Source(str(shared_data / name))))

@@ -67,6 +67,7 @@ def test_every_command_has_help(words: tuple[str, ...]) -> None:
     assert module.HELP.split()[0] in result.stdout
 
 
+@pytest.mark.slow
 def test_help_of_the_program_lists_everything() -> None:
     result = invoke("--help")
     assert result.exit_code == 0

@@ -29,6 +29,7 @@ def test_facts_as_json() -> None:
     assert result.exit_code == (1 if found["problems"] else 0)
 
 
+@pytest.mark.slow
 def test_facts_for_people() -> None:
     result = CliRunner().invoke(app, ["doctor", "--no-test"])
     assert all(word in result.stdout for word in ("versions", "device", "memory", "Chinese font", "hub"))

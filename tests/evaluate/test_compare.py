@@ -76,6 +76,7 @@ def test_scores_against_rows(tmp_path: Path) -> None:
     assert found.picture is not None and found.picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     one = fake_run(tmp_path / "one", 100, 5)
     with pytest.raises(UsageError, match="two runs at least"):

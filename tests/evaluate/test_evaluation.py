@@ -148,6 +148,7 @@ def test_a_judge_that_goes_down_half_way(
     assert len(judge.answered) == 80  # the 12 were not paid again
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_is_used_again(tmp_path: Path, engines: dict[str, FakeEngine]) -> None:
     calls = []
 

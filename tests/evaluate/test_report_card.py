@@ -113,6 +113,7 @@ def test_the_page_says_what_the_files_hold(run: Path) -> None:
     assert report.licences.commercial == "unknown"
 
 
+@pytest.mark.slow
 def test_every_text_is_there_in_both_languages(run: Path) -> None:
     """Each Chinese piece has an English neighbour; none of the English ones holds Chinese but what the rows say."""
     html = page(read_report(run))

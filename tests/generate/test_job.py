@@ -266,6 +266,7 @@ def test_who_the_model_is(tmp_path: Path) -> None:
     assert (said["rows"], said["rejected"]) == (1, {"placeholder": 1}) and "--maker" in told
 
 
+@pytest.mark.slow
 def test_bad_input(server: FakeOpenAI, seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text(

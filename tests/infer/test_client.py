@@ -155,6 +155,7 @@ def test_retry_after_is_obeyed_in_all_its_spellings(server: FakeOpenAI) -> None:
     assert 2.0 <= sleeps.seconds[3] <= 4.0  # our own backoff, fourth try
 
 
+@pytest.mark.slow
 def test_what_lasts_is_not_tried_again(server: FakeOpenAI) -> None:
     quota = {"message": "You exceeded your current quota", "type": "insufficient_quota"}
     server.faults = {0: Fault("status", 429, error=quota), 1: Fault("status", 404), 2: Fault("status", 400)}
@@ -166,6 +167,7 @@ def test_what_lasts_is_not_tried_again(server: FakeOpenAI) -> None:
     assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 def test_tries_end(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 500)
     with client(server, max_retries=2) as one, pytest.raises(EndpointError, match="500: something broke"):
@@ -193,6 +195,7 @@ def test_a_server_that_says_nothing(server: FakeOpenAI) -> None:
         one.chat(QUESTION)
 
 
+@pytest.mark.slow
 def test_the_newer_name_of_max_tokens(server: FakeOpenAI) -> None:
     said = {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}
     server.faults = {0: Fault("status", 400, error=said)}
@@ -254,6 +257,7 @@ def test_many_at_once_and_each_once(server: FakeOpenAI) -> None:
     assert 1 < server.most_at_once <= 8
 
 
+@pytest.mark.slow
 def test_one_bad_request_among_many_is_told_in_its_place(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 400) if "坏" in str(body) else None
     asked = [([{"role": "user", "content": text}], {}) for text in ("好", "坏", "好")]
@@ -262,6 +266,7 @@ def test_one_bad_request_among_many_is_told_in_its_place(server: FakeOpenAI) -> 
     assert [isinstance(done[n], EndpointError) for n in range(3)] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_goes_down_ends_the_batch_and_keeps_what_came(server: FakeOpenAI) -> None:
     server.fault_of = lambda number, body: Fault("status", 401) if number >= 5 else None
     asked = [([{"role": "user", "content": str(n)}], {}) for n in range(100)]

@@ -100,6 +100,7 @@ def test_the_knobs_are_transformers(pair: Any, engine: Any, values: dict[str, An
         theirs.end_ids = kept
 
 
+@pytest.mark.slow
 def test_score_is_that_of_transformers(pair: Any) -> None:
     ours, theirs = pair
     talk = [ask("三加五").answered("等于八"), ask("好").answered("The weather is nice today." * 3)]
@@ -306,6 +307,7 @@ def test_a_model_of_its_own_chat_template_keeps_it(tmp_path: Path) -> None:
     ours.close()
 
 
+@pytest.mark.slow
 def test_files_that_llama_cpp_cannot_use(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama")
     write_gguf_of(folder, tmp_path / "m.gguf")

@@ -211,6 +211,7 @@ def test_no_repeat_holds_in_a_batch(engine: TorchEngine) -> None:
         assert len(set(reply.token_ids)) == len(reply.token_ids) > 1
 
 
+@pytest.mark.slow
 def test_min_and_max_new_tokens(engine: TorchEngine, restore: None) -> None:
     first = engine.generate([ask("你好")], GREEDY)[0].token_ids[0]
     engine.end_ids = {first}

@@ -58,6 +58,7 @@ def test_a_model_that_is_here_is_asked_in_token_ids(model: Path, server: FakeOpe
         assert engine.prompt_text(conversation) == here.engine.prompt_text(conversation)
 
 
+@pytest.mark.slow
 def test_knobs_go_out_under_their_names(model: Path, server: FakeOpenAI, capsys: Any) -> None:
     with load(model, endpoint=server.url) as loaded:
         settings = loaded.settings(

@@ -131,6 +131,7 @@ def test_lora_loss_and_every_gradient(family: str, lengths: tuple[int, ...]) -> 
     assert all("lora" in name for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_fine_tuning_with_a_tied_head(family: str) -> None:
     model = make(family, tie_word_embeddings=True).train()

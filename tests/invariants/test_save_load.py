@@ -130,6 +130,7 @@ def test_generation_config_holds_every_end_token(base: Path, tmp_path: Path) -> 
 # -- what must not be believed ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_not_a_number_is_not_saved(base: Path, tmp_path: Path) -> None:
     model = tuned(base)
     next(p for n, p in model.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
@@ -138,6 +139,7 @@ def test_not_a_number_is_not_saved(base: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_adapter_of_zeros_is_not_saved(base: Path, tmp_path: Path) -> None:
     model = tuned(base)
     for name, parameter in model.named_parameters():
@@ -157,6 +159,7 @@ def _alter(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name].view(-1)[-1] += 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "said"), [(_lose, "tensors are missing"), (_alter, "differs from memory")]
 )

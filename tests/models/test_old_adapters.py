@@ -105,6 +105,7 @@ def test_rank_and_targets_come_from_the_tensors(adapter: Path, base: Path, tmp_p
     assert read.parameters == sum(tensor.numel() for tensor in state_of(adapter).values())
 
 
+@pytest.mark.slow
 def test_without_an_alpha_it_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
     old = trainer_checkpoint(adapter, tmp_path / "c")
     with pytest.raises(ModelError, match=f"r={RANK} and the targets follow") as caught:
@@ -154,6 +155,7 @@ def test_layers_that_have_no_adapter_are_named_one_by_one(adapter: Path, base: P
     logits(tmp_path / "b", base=str(base), lora_alpha=ALPHA)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ(adapter: Path, base: Path, tmp_path: Path) -> None:
     state = state_of(adapter)
     name = next(name for name in sorted(state) if name.endswith("lora_A.weight"))
@@ -182,6 +184,7 @@ def test_names_of_other_wrappers_and_files_of_old_torch(
     assert torch.equal(logits(tmp_path / "c", base=str(base), lora_alpha=ALPHA), logits(adapter))
 
 
+@pytest.mark.slow
 def test_an_alpha_that_the_config_contradicts(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.equal(logits(adapter, lora_alpha=99), logits(adapter))
     assert f"says lora_alpha={ALPHA}: that is used, not 99" in capsys.readouterr().err

@@ -282,6 +282,7 @@ def test_numbers_that_are_not_finite_end_their_own_answer(engine: TorchEngine) -
         backend.close()
 
 
+@pytest.mark.slow
 def test_keys_are_made_once_and_kept_as_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: TorchEngine
 ) -> None:

@@ -94,6 +94,7 @@ def test_batch_mates_change_nothing(engine: TorchEngine, batcher: Batcher) -> No
     assert batcher.load() == (0, 0)
 
 
+@pytest.mark.slow
 def test_draws_are_the_engines_own(engine: TorchEngine, batcher: Batcher) -> None:
     """A seed gives the engine's answer, whole distribution or cut, repetition knobs or not, whoever shares the step."""
     knobs: list[dict[str, Any]] = [
@@ -111,6 +112,7 @@ def test_draws_are_the_engines_own(engine: TorchEngine, batcher: Batcher) -> Non
         assert streamed == reply.text
 
 
+@pytest.mark.slow
 def test_a_cut_distribution_is_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn many times, from few candidates or by sorting all: the shares are those of transformers' warpers."""
     torch.manual_seed(0)
@@ -131,6 +133,7 @@ def test_a_cut_distribution_is_transformers(monkeypatch: pytest.MonkeyPatch) -> 
             assert float(apart[wanted_V > 0.02].max()) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["llama"], indirect=True)
 def test_callers_take_turns(engine: TorchEngine) -> None:
     """One answer at a time; ten questions of one caller do not hold up another's one."""
@@ -163,6 +166,7 @@ def test_the_model_is_left_as_it_was_found(engine: TorchEngine) -> None:
     assert engine.model.config._attn_implementation in ("sdpa", "eager")
 
 
+@pytest.mark.slow
 def test_linear_layers_are_packed_only_where_nothing_else_reads_them(tmp_path: Path) -> None:
     """bf16: the numbers of the plain layers; a model that reads a weight itself keeps it."""
     source = find_model(tiny_model(tmp_path / "m", "llama"))

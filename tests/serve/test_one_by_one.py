@@ -55,6 +55,7 @@ def chat(server: Live, **values: Any) -> Any:
     return server.client().chat.completions.create(messages=messages, **values)
 
 
+@pytest.mark.slow
 def test_answers_are_the_engines(server: Live, engine: Any) -> None:
     reply = engine.generate([ASKED], GREEDY)[0]
     got = chat(server)
@@ -73,6 +74,7 @@ def test_answers_are_the_engines(server: Live, engine: Any) -> None:
     assert server.post("/generate", question).json() == {"answer": reply.text}
 
 
+@pytest.mark.slow
 def test_several_answers_have_their_seeds(server: Live, engine: Any) -> None:
     values: dict[str, Any] = {"n": 3, "seed": 3, "temperature": 1.0}
     texts = [choice.message.content for choice in chat(server, **values).choices]
@@ -82,6 +84,7 @@ def test_several_answers_have_their_seeds(server: Live, engine: Any) -> None:
     assert texts[0] == engine.generate([ASKED], drawn)[0].text
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_refused(server: Live) -> None:
     for asked, path in (
         ({"messages": [{"role": "user", "content": "x"}], "logprobs": True}, "/v1/chat/completions"),
@@ -125,6 +128,7 @@ class Waiting:
         return self.events[-1].error
 
 
+@pytest.mark.slow
 def test_leaving_overdue_full_and_closing(engine: Any) -> None:
     backend = OneByOne(waiting=1)
     running, next_one = Waiting(engine, timeout_s=0.2), Waiting(engine, settings=GREEDY)
@@ -150,6 +154,7 @@ def test_leaving_overdue_full_and_closing(engine: Any) -> None:
         backend.submit(Waiting(engine).job)
 
 
+@pytest.mark.slow
 def test_the_events_of_a_refusal_are_json(server: Live) -> None:
     got = server.post("/v1/chat/completions", {"model": "other", "messages": []})
     assert got.status_code == 404 and json.loads(got.text)["error"]["code"] == "model_not_found"

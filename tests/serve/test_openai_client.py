@@ -201,6 +201,7 @@ def test_the_models_name_chooses_the_adapter(client: Any, engine: TorchEngine) -
     assert got == [texts[name] for name in order]
 
 
+@pytest.mark.slow
 def test_embeddings_are_refused_politely(client: Any) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.with_options(max_retries=2).embeddings.create(model="law", input="你好")

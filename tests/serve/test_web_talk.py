@@ -78,6 +78,7 @@ def test_nonsense_from_a_browser_is_an_empty_talk(nonsense: Any) -> None:
     assert Talk.from_json(nonsense) == Talk()
 
 
+@pytest.mark.slow
 @given(st.text(alphabet="<>&ltamp;`~b/! \n你", max_size=40))
 def test_html_is_shown_and_comes_back(text: str) -> None:
     shown = as_markdown(text)

@@ -58,6 +58,7 @@ def test_more_ids_than_embedding_rows() -> None:
     assert found[0][0] == "error" and str(len(own) - 1) in found[0][1]
 
 
+@pytest.mark.slow
 def test_an_added_pad_beyond_the_embedding_is_only_noted(request: pytest.FixtureRequest) -> None:
     own = load("openllama", request)  # 32,000 words and [PAD] 32000
     found = levels(own, vocab_rows=32000)

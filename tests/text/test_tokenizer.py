@@ -82,6 +82,7 @@ def test_no_space_is_invented(name: str, request: pytest.FixtureRequest) -> None
     assert tokenizer.decode(ids) == "问:abc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mark"), [("openllama", "▁"), ("mistral", "")])
 def test_text_after_a_special_token_follows_the_tokenizer(
     name: str, mark: str, request: pytest.FixtureRequest
@@ -123,6 +124,7 @@ def test_stream_says_what_the_whole_says(name: str, text: str, request: pytest.F
             assert "".join(pieces) == text
 
 
+@pytest.mark.slow
 @REAL
 @_RELAXED
 @given(data=st.data())

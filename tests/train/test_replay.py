@@ -85,6 +85,7 @@ def test_other_rows_are_the_cause_that_is_named(spoiled: Path) -> None:
     assert not found.equal and any(why.startswith("data: other examples") for why in found.why)
 
 
+@pytest.mark.slow
 def test_what_is_no_run_cannot_be_replayed(spoiled: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no run\.json"):
         replay(tmp_path / "nothing", steps=1)

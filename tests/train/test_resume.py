@@ -67,6 +67,7 @@ def test_an_earlier_checkpoint_may_be_named_and_later_ones_are_kept_aside(stoppe
     assert column(stopped, "loss") == column(done, "loss")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_gone_on_with(done: Path) -> None:
     before = contents(done)
     with pytest.raises(TrainingError, match="the run is finished: 8 steps of 8") as told:
@@ -147,6 +148,7 @@ def test_a_checkpoint_that_is_not_there_or_is_damaged(stopped: Path) -> None:
     assert any("from checkpoint-4" in line for line in resume(stopped, skip_damaged=True))
 
 
+@pytest.mark.slow
 def test_each_save_is_priced_and_what_is_missing_is_said(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ def test_q8_0_is_byte_for_byte_llama_cpps() -> None:
         assert ours[row].tobytes() == q8_0_by_hand(x_RC[row].tolist())
 
 
+@pytest.mark.slow
 def test_q8_0_file_is_the_one_llama_cpp_makes(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="needs the extra gguf")
     from tuoling.weights.gguf_quantize import quantize_file

@@ -213,6 +213,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         quantize(str(tmp_path / "out"), tmp_path / "again", RTN)
 
 
+@pytest.mark.slow
 def test_three_bits_of_a_width_that_gptqmodel_cannot_pack(tmp_path: Path) -> None:
     needs_gptqmodel()
     model = tiny_model(tmp_path / "model", "llama", hidden=48)

@@ -349,6 +349,7 @@ def test_several_adapters_with_weights(bases: dict[str, Path], tmp_path: Path) -
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_weight_of_nothing_gives_the_base_back(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["llama"]
     adapter = peft_adapter(base, tmp_path / "a", modules_to_save=["lm_head"])
@@ -473,6 +474,7 @@ def nothing_left(tmp_path: Path, *kept: str) -> bool:
     return {entry.name for entry in tmp_path.iterdir()} <= {*kept, "tuoling-cache"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

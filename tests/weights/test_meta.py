@@ -422,6 +422,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "proof").exists(), "the trap would have worked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "word"),
     [

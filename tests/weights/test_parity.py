@@ -380,6 +380,7 @@ def test_weights_that_give_nan_are_told(models: Mapping[str, Path], tmp_path: Pa
         compare(models["llama"], altered(models["llama"], tmp_path / "nan", spoil))
 
 
+@pytest.mark.slow
 def test_a_tensor_of_another_shape_is_named(models: Mapping[str, Path], tmp_path: Path) -> None:
     def flatten(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].T

@@ -150,6 +150,7 @@ def test_texts_that_chose_come_out_the_same(pair: Any) -> None:
         assert smaller.decode(ids_of(smaller, text)) == full.decode(ids_of(full, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 def test_every_id_is_the_same_token(pair: Any) -> None:
     full, smaller, old_ids = pair
@@ -295,6 +296,7 @@ def test_the_real_sentencepiece_model_agrees_with_its_own_library(shared_data: P
         assert [int(old_ids[index]) for index in theirs.encode(text)] == whole.encode(text)
 
 
+@pytest.mark.slow
 def test_a_file_of_other_pieces_is_not_cut(shared_data: Path, request: pytest.FixtureRequest) -> None:
     path = shared_data / "tokenizers" / "mistral-v1" / "tokenizer.model"
     other = state_of(load("openllama", request))
