@@ -227,10 +227,10 @@ def test_other_words_and_further_turns(server: FakeOpenAI, tmp_path: Path) -> No
     assert code == 0 and said["rejected"] == {"same_text": 1} and said["unparsable"] == 1
     server.answer = lambda body: "用户：那挑食呢？\n助手：换花样做。\n再鼓励他。"
     code, said, _ = call("augment", tmp_path / "b", server, "--seeds", rows, "--how", "multi-turn")
-    made = read(tmp_path / "b" / "rows.jsonl")[1]
-    assert [turn["content"] for turn in made["messages"]] == [
-        "怎样让孩子早睡？\n他六岁", "固定作息。", "那挑食呢？", "换花样做。\n再鼓励他。",
-    ]  # fmt: skip
+    talks = [[turn["content"] for turn in made["messages"]] for made in read(tmp_path / "b" / "rows.jsonl")]
+    # Rows are written as their answers come, and two requests are under way at once.
+    assert ["怎样让孩子早睡？\n他六岁", "固定作息。", "那挑食呢？", "换花样做。\n再鼓励他。"] in talks
+    assert len(talks) == 2
     assert next(read_rows(Source(str(tmp_path / "b" / "rows.jsonl")))).format == "messages"
 
 
