@@ -1,12 +1,13 @@
 """XOR patches against sha256sum, cp and a byte loop, in one sitting.
 
-    python benchmarks/xor.py [--size-mib 2048] [--rounds 5] [--files 8] [--folder /tmp] [--write]
+    python benchmarks/xor.py [--size-mib 2048] [--rounds 5] [--files 8] [--folder /tmp] [--name disk] [--write]
 
 Makes a base, one diff of --size-mib and a folder of as much in --files diffs, reads everything once (warm cache), and
 then times in turns, ROUNDS times: `sha256sum` of the diff, Python's own SHA-256 of it, `cp` of it, the whole command
 `tuoling patch` on it (result checked and fsynced), the folder with 1 and with 2 workers (without the program's start),
 and, on LOOP_MIB only, BELLE's way: a generator over the bytes. The base's own hash is not asked for. Every result is
-compared once. --write leaves xor.md and xor.json beside this file. Needs six times the size on --folder's disk.
+compared once. --write leaves xor.md and xor.json beside this file, a part for each --name. Needs six times the size on
+--folder's disk; on one in memory (/dev/shm) nothing waits for a disk, whose own rate else rules patch's fsync.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tuoling.weights.diff_options import DiffOptions
 from tuoling.weights.xor_folder import apply_xor_diff, make_xor_diff
 
 LOOP_MIB = 8
+HERE = Path(__file__)
 COMMAND = [sys.executable, "-m", "tuoling", "patch"]
 
 
@@ -100,7 +102,7 @@ def prepare(place: Path, size_bytes: int, files: int) -> tuple[Path, Path, Path]
     diff = place / "one" / one.files[0].name
     for target, source, out in ((plain, diff, place / "out"), (parts, place / "enc", place / "outs")):
         patch(base, source, out, 2)
-        run("diff", "-r", target, out)
+        run("diff", "-r", "-x", "lineage.json", target, out)
         remove(out)
         remove(target)
     run("cat", base, diff, *sorted((place / "enc").iterdir()))
@@ -151,9 +153,11 @@ def ratios(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def table(rows: list[dict[str, float]], size_mib: int, files: int) -> str:
+def table(name: str, rows: list[dict[str, float]], size_mib: int, files: int) -> str:
     """Markdown."""
     lines = [
+        f"## {name}",
+        "",
         f"One diff of {size_mib} MiB, a folder of {files} diffs with as much together; {len(rows)} rounds; the page cache is",
         f"warm; results are fsynced, which `cp` does not do; the byte loop is measured on {LOOP_MIB} MiB and scaled.",
         "",
@@ -180,17 +184,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--name", default="disk", help="what --folder lies on")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         rows = measure(Path(place), asked.size_mib << 20, asked.files, asked.rounds)
-    text = table(rows, asked.size_mib, asked.files)
-    print(text)
+    print(table(asked.name, rows, asked.size_mib, asked.files))
     if asked.write:
-        here = Path(__file__)
-        written = {"size_mib": asked.size_mib, "files": asked.files, "rounds": rows, "ratios": ratios(rows)}
-        here.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
-        here.with_suffix(".md").write_text(f"# XOR patches\n\n{text}", "utf-8")
+        write(asked.name, rows, asked.size_mib, asked.files)
+
+
+def write(name: str, rows: list[dict[str, float]], size_mib: int, files: int) -> None:
+    """Put the part `name` into both files; other parts stay."""
+    data, text = HERE.with_suffix(".json"), HERE.with_suffix(".md")
+    parts = json.loads(data.read_text("utf-8")) if data.is_file() else {}
+    parts[name] = {"size_mib": size_mib, "files": files, "rounds": rows, "ratios": ratios(rows)}
+    data.write_text(json.dumps(parts, indent=1) + "\n", "utf-8")
+    tables = [table(one, part["rounds"], part["size_mib"], part["files"]) for one, part in parts.items()]
+    text.write_text("# XOR patches\n\n" + "\n".join(tables), "utf-8")
 
 
 if __name__ == "__main__":

@@ -71,15 +71,15 @@ def usual_kind(base: Path, target: Path) -> str:
 
 def recognise(diff: Path) -> str:
     """Which kind of diff lies there. Raises ModelError where it is none."""
-    from tuoling.weights.tensor_diff import is_tensor_diff
-
-    if diff.name.endswith(".enc"):
+    if diff.name.endswith(".enc") or (diff.is_dir() and any(diff.rglob("*.enc"))):
         return "xor"
+    from tuoling.weights.tensor_diff import (
+        is_tensor_diff,
+    )  # brings torch: 1.7 s that an XOR patch has no use for
+
     if not diff.is_dir():
         if is_tensor_diff(diff):
             return "tuoling"
-    elif any(diff.rglob("*.enc")):
-        return "xor"
     elif any(is_tensor_diff(file) for file in diff.glob("*.safetensors")):
         return "tuoling"
     elif (diff / "config.json").is_file() and any(
