@@ -49,6 +49,18 @@ def restore(engine: TorchEngine) -> Any:
     engine.end_ids, engine.stops, engine.context_tokens = kept
 
 
+def test_the_head_gets_one_block_of_memory(engine: TorchEngine) -> None:
+    """A slice of a batch would cost a copy of the head's weights a row."""
+    seen: list[tuple[int, bool]] = []
+    head = engine.model.get_output_embeddings()
+    watch = head.register_forward_hook(
+        lambda _, inputs, output: seen.append((len(inputs[0]), inputs[0].is_contiguous()))
+    )
+    engine.generate([ask(text) for text in QUESTIONS], GREEDY)
+    watch.remove()
+    assert seen and all(one == (len(QUESTIONS), True) for one in seen)
+
+
 def by_hand(engine: TorchEngine, text: str, steps: int) -> list[int]:
     """Greedy decoding with nothing but whole forwards: the oracle."""
     ids = engine.prompt_ids(ask(text))

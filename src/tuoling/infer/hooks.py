@@ -46,6 +46,17 @@ def in_thread(work: Callable[[Callable[[Any], None]], None], cancel: Event) -> G
         worker.join()
 
 
+def give_head_whole_rows(model: Any) -> None:
+    """Let the head see its input as one block of memory.
+
+    transformers hands it the last position of every row, a slice [B, 1, H] of [B, L, H]; torch then multiplies by B
+    copies of the head's weights: 11.9 s instead of 0.04 s for 8 rows and 250,880 words of 1,024 numbers on two cores.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
 class StopStrings(StoppingCriteria):
     """Ends a row whose newest text holds a stop string; ends every row when cancelled.
 

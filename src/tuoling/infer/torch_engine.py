@@ -24,7 +24,7 @@ from tuoling.infer.engine import (
     unknown_adapter,
 )
 from tuoling.infer.halves import in_halves
-from tuoling.infer.hooks import StopStrings, TokenStreamer, in_thread
+from tuoling.infer.hooks import StopStrings, TokenStreamer, give_head_whole_rows, in_thread
 from tuoling.infer.sampling import Draws, reply_processors, seeded
 from tuoling.infer.stops import StopFilter, reply_of
 from tuoling.models.adapter_switch import AdapterSwitch
@@ -68,6 +68,7 @@ class TorchEngine(TemplatePrompts):
             # else transformers fills what our settings leave at its own defaults from the folder's file
             for part in (model, _generating(model)):
                 part.generation_config = GenerationConfig()
+            give_head_whole_rows(model)
         self.model = model.eval()
         self.adapter = adapter
         self._layers = layers
