@@ -42,6 +42,17 @@ def show_error(error: TuolingError) -> None:
         err.print(f"  [dim]{label}[/dim]  {escape(line)}")
 
 
+def seconds_words(seconds: float | None) -> str:
+    """2 h 05 min, 3 min 20 s, 12.5 s."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
 @contextmanager
 def silent(wanted: bool = True) -> Iterator[None]:
     """Nothing is printed inside: of several processes that train together one speaks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,9 @@ def test_a_sample_is_seeded_in_order_and_of_the_asked_size(tmp_path):
     assert first == sorted(first) and first != read(path, sample=20, seed=7)
     assert first != read(path)[:20]
     assert len(read(path, sample=500)) == 200
+    assert sorted(read(path, sample=200)) == sorted(read(path))
+    draws = [set(read(path, sample=size)) for size in range(1, 201)]
+    assert all(smaller < larger for smaller, larger in pairwise(draws))
 
 
 def test_the_guess_says_container_encoding_format_and_columns(tmp_path):

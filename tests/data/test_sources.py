@@ -49,6 +49,17 @@ def test_a_sample_of_a_file_and_of_a_folder(tmp_path):
     assert [len(list(read_rows(source))) for source in sources] == [45, 5]
 
 
+def test_a_larger_sample_of_a_folder_holds_the_smaller_one(tmp_path):
+    for name, count in (("a", 23), ("b", 7), ("c", 1)):
+        jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(count)])
+    before = set()
+    for size in range(1, 32):
+        sources = resolve_sources([f"{tmp_path}#{size}"])
+        rows = {row.record["text"] for source in sources for row in read_rows(source)}
+        assert len(rows) == size and before < rows
+        before = rows
+
+
 def test_a_file_whose_name_holds_a_hash_is_itself(tmp_path):
     path = jsonl(tmp_path / "rows#12", [ROW])
     (source,) = resolve_sources([str(path)])

@@ -1,14 +1,20 @@
-"""lm-eval's own accuracy for the CSV files of a folder in C-Eval's shape, through tasks written for them."""
+"""lm-eval's own accuracy for the CSV files of a folder in C-Eval's shape, through tasks written for them; and ours."""
 
 from __future__ import annotations
 
 import csv
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tuoling.evaluate.choices import read_choices
+from tuoling.evaluate.evaluation import Evaluation, evaluate
+from tuoling.evaluate.likelihood import log_likelihoods
 from tuoling.evaluate.subjects import opening
+from tuoling.evaluate.suites.choice import context_of
+from tuoling.infer.open_engine import open_engine
 
 TEXT = "{{question.strip()}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}\n答案："
 
@@ -78,3 +84,26 @@ def lm_eval_numbers(
         likely = [[float(pair[0][0]) for pair in sample["resps"]] for sample in samples]
         numbers[subject] = (float(found["results"][f"own_{subject}"]["acc,none"]), likely)
     return numbers
+
+
+def our_numbers(
+    model: Path, ceval: Path, shots: int, out: Path
+) -> tuple[dict[str, float], list[Sequence[float]]]:
+    """Subject → accuracy by `--suite choice`, and the log-likelihoods of the four letters of every question."""
+    load = {"dtype": "fp32", "device": "cpu"}
+    asked = Evaluation(
+        str(model), suite="choice", file=str(ceval), shots=shots, out=out, alone=True, load=load
+    )
+    (scores,) = evaluate(asked).scores()
+    accuracy = {
+        subject: found["metrics"]["accuracy"]["model"]["mean"] for subject, found in scores["classes"].items()
+    }
+    found = read_choices(str(ceval))
+    pairs = [
+        (context_of(one, found.examples[one.subject][:shots]), one.continuations) for one in found.questions
+    ]
+    engine = open_engine(str(model), **load)
+    try:
+        return accuracy, list(log_likelihoods(engine, pairs))
+    finally:
+        engine.close()

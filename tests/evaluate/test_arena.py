@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.evaluate.fake_engine import FakeEngine
 from tests.openai_server import FakeOpenAI, Fault, last_user_text, serve
-from tests.tiny import write_rows
+from tests.tiny import tiny_model, write_rows
+from tests.train.runs import run
 
 from tuoling.errors import EndpointError, UsageError
 from tuoling.evaluate import evaluation, sides
 from tuoling.evaluate.arena import parse_verdict
 from tuoling.evaluate.evaluation import Evaluation, evaluate
+from tuoling.evaluate.outcome import item_rows
 from tuoling.infer.endpoint import Endpoint
 
 ROWS = [{"instruction": f"{n} 加 1？", "output": str(n + 1), "class": "math"} for n in range(10)]
@@ -123,6 +126,41 @@ def test_prose_and_an_endpoint_that_goes_down(tmp_path: Path, engines: dict[str,
     assert whole.failed is None and scores["complete"] and scores["bouts"][0]["unknown"] == 1
     assert scores["judge"]["unreadable"] == 2
     assert len(server.answered) == 18 + 4  # two prose verdicts, asked three times each
+
+
+@pytest.mark.slow
+def test_two_real_models_and_a_third(tmp_path: Path) -> None:
+    """What the judge compares are the models' own words, each pair in both orders."""
+    run(tmp_path / "tuned", tiny_model(tmp_path / "base"), max_steps=3, save_steps=0)
+    third = tiny_model(tmp_path / "third", "llama", seed=1)
+    file = write_rows(tmp_path / "rows.jsonl", ROWS[:4])
+    with serve(lambda body: "[[A]]" if "回答A:\n" in last_user_text(body) else "[[B]]") as server:
+        asked = Evaluation(
+            str(tmp_path / "tuned" / "run"),
+            file=str(file),
+            judge=Endpoint(server.url, "test"),
+            arena=True,
+            against=(str(third),),
+            load={"device": "cpu", "dtype": "fp32"},
+            settings={"max_new_tokens": 6},
+        )
+        (scores,) = evaluate(asked).scores()
+        compared = {
+            re.split("\n回答[AB]:", text.partition("\n回答A:")[2])[0]: text
+            for text in map(last_user_text, server.requests)
+        }
+    assert list(scores["sides"]) == ["base", "tuned", "third"] and scores["complete"]
+    rows = item_rows(asked.folder)
+    pairs = list(combinations(("base", "tuned", "third"), 2))
+    texts = [{side: row[side]["answer"].strip() for side in ("base", "tuned", "third")} for row in rows]
+    other = sum(row[one] != row[two] for row in texts for one, two in pairs)
+    assert len(server.requests) == 2 * other > 0
+    assert set(compared) <= {text for row in texts for text in row.values()}
+    for bout, (one, two) in zip(scores["bouts"], pairs, strict=True):
+        assert (bout["first"], bout["second"], bout["unknown"]) == (one, two, 0)
+        assert bout["equal_answers"] == sum(row[one] == row[two] for row in texts)
+        assert bout["asked_in_both_orders"] == len(rows) - bout["equal_answers"]
+    assert sum(share["mean"] for share in scores["overall"]["wins"].values()) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from tuoling.cli.main import app
 from tuoling.config import load_config
+from tuoling.data.read import read_rows
+from tuoling.data.sources import resolve_sources
 from tuoling.errors import DataError, UsageError
 from tuoling.evaluate.answers import Answer
 from tuoling.evaluate.compare import compare
@@ -121,5 +123,10 @@ def test_a_study_trains_each_share_once(tmp_path: Path) -> None:
     assert [one.data for one in trained] == [(f"{data}#4",), (f"{data}#8",), (str(data),)]
     assert [entry.rows for entry in found.entries] == [0, 4, 8, 16]
     assert found.picture == tmp_path / "run" / "score_by_rows.png" and found.picture.is_file()
+    shares = [
+        {row.place.line for source in resolve_sources(one.data) for row in read_rows(source)}
+        for one in trained
+    ]
+    assert shares[0] < shares[1] < shares[2]
     data_size_study(config, asked, note_and_train)
     assert len(trained) == 3  # finished runs are used as they are

@@ -113,6 +113,26 @@ def test_the_page_says_what_the_files_hold(run: Path) -> None:
     assert report.licences.commercial == "unknown"
 
 
+def test_time_foreseen_beside_the_fact_and_every_resumption(run: Path) -> None:
+    report = read_report(run, price_per_hour=36.0, check_data=False)
+    assert "forecast" not in report.record, "8 steps are too few to foresee anything"
+    report.results = {**report.results, "seconds": 300.0, "tokens_per_s": 55.0}
+    html = page(report)
+    assert "<td>–</td><td>5 min 00 s</td>" in html and "Interrupted" not in html
+    report.record = {
+        **report.record,
+        "forecast": {"at_step": 11, "timed_steps": 10, "seconds": 250.0, "tokens_per_s": 66.0},
+        "resumed": [{"at": "2026-11-22T10:20:30+00:00", "step": 40, "changed": ["data: <other>"]}],
+    }
+    html = page(report)
+    assert (
+        "<td>4 min 10 s</td><td>5 min 00 s</td>" in html
+        and "<td>66 tokens/s</td><td>55 tokens/s</td>" in html
+    )
+    assert "<td>2.5</td><td>3</td>" in html and "第 11 步" in html and "at step 11" in html
+    assert "<td>2026-11-22 10:20</td><td>40</td><td>data: &lt;other&gt;</td>" in html
+
+
 @pytest.mark.slow
 def test_every_text_is_there_in_both_languages(run: Path) -> None:
     """Each Chinese piece has an English neighbour; none of the English ones holds Chinese but what the rows say."""

@@ -106,6 +106,8 @@ def test_rows_are_new_sound_and_say_where_they_come_from(
         1,
         "--price-out",
         2,
+        "--concurrency",
+        1,  # which question meets the fault, and how many are asked, does not depend on threads
     ]
     code, said, told = call("self-instruct", tmp_path / "out", server, *options)
     assert code == 0 and said["rows"] >= 60 and said["unparsable"] == 1
@@ -310,14 +312,38 @@ def test_one_of_our_own_engines_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_kill_loses_is_told_and_asked_again_only_when_that_is_asked_for(
+    server: FakeOpenAI, seeds: Path, tmp_path: Path
+) -> None:
+    options = ["--seeds", seeds, "--per-call", 4, "--concurrency", 1, "--max-tokens", 900]
+    code, said, told = call("self-instruct", tmp_path / "out", server, *options, "--rows", 8)
+    assert code == 0 and said["lost"] == 0 and "under way" not in told
+    log = tmp_path / "out" / "responses.log"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert "answered" in json.loads(lines[-1])
+    log.write_text("".join(lines[:-1]), encoding="utf-8")  # what a kill leaves
+    code, said, told = call("self-instruct", tmp_path / "out", server, *options, "--rows", 12)
+    assert code == 0 and max(prompts(server).values()) == 1
+    assert said["lost"] == 1 and said["lost_tokens"] > 900
+    assert "1 requests were under way when it was killed, perhaps paid for: not asked again" in told
+    assert f"up to {said['lost_tokens']:,} tokens" in told
+    code, more, _ = call("self-instruct", tmp_path / "out", server, *options, "--rows", 16, "--again-lost")
+    assert code == 0 and sorted(prompts(server).values())[-2:] == [1, 2]
+    assert (more["lost"], more["lost_tokens"]) == (1, said["lost_tokens"])
+    code, again, _ = call("self-instruct", tmp_path / "out", server, *options, "--rows", 16)
+    assert again == more, "the first time may have been paid for too"
+
+
+@pytest.mark.slow
 def test_killed_twice_nothing_is_paid_twice(seeds: Path, tmp_path: Path) -> None:
     """Through the real command, against a server with every fault; SIGKILL comes from the server's own count."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def deadly(after: int) -> Callable[[Body], str]:
+    def deadly(number: int, after: int) -> Callable[[Body], str]:
         def answer(body: Body) -> str:
-            if len(server.answered) >= after:
-                running[-1].kill()
+            # a handler that is late means the run it answers, not the one after
+            if len(server.answered) >= after and len(running) > number:
+                running[number].kill()
             return items(body)
 
         return answer
@@ -326,8 +352,8 @@ def test_killed_twice_nothing_is_paid_twice(seeds: Path, tmp_path: Path) -> None
     with serve(items) as server:
         server.fault_of = faults
         command = [*options, "--out", tmp_path / "out", "--endpoint", server.url, "--model", "teacher"]
-        for after in (4, 9, 10**9):
-            server.answer = deadly(after)
+        for number, after in enumerate((4, 9, 10**9)):
+            server.answer = deadly(number, after)
             running.append(
                 subprocess.Popen([sys.executable, "-m", "tuoling", *map(str, command)], env={**os.environ})
             )

@@ -173,6 +173,7 @@ def test_the_probe_measures_a_tiny_model(tmp_path: Path) -> None:
         )
     )
     assert found.peak_bytes is not None and 2**27 < found.peak_bytes < 2**31
+    assert found.tokens_per_s is not None and found.tokens_per_s > 0
 
 
 def test_the_longest_micro_batch_keeps_to_the_budget_of_tokens() -> None:

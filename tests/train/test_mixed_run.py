@@ -12,6 +12,7 @@ from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 from tuoling.config import load_config
 from tuoling.train import loop
 from tuoling.train.loop import RunResult, train
+from tuoling.train.replay import replay
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,8 @@ def test_a_run_sees_its_sources_by_share(
         (0.25, 40, 4, 0.3),
     ]
     assert plan["rows"] == 16
+    again = replay(result.path, steps=6, say=lambda _: None)
+    assert again.equal and again.steps == 6
     done = result.results
     assert done["watch_loss_after"] < done["watch_loss_before"]
     assert done["watch_loss_change"] == done["watch_loss_after"] / done["watch_loss_before"] - 1
@@ -77,6 +80,8 @@ def test_domain_rows_alone_forget_what_general_rows_keep(tmp_path: Path, bloom: 
     keys = {"watch_data": [str(general)], "max_steps": 12, "finetuning_type": "full", "learning_rate": 3e-3}
     first = run(tmp_path / "first", bloom, [general], **{**keys, "max_steps": 30}).path
     alone = run(tmp_path / "alone", first, [domain], **keys).results
+    forecast = json.loads((tmp_path / "alone" / "run" / "run.json").read_text())["forecast"]
+    assert (forecast["at_step"], forecast["timed_steps"]) == (2, 1) and forecast["seconds"] > 0
     mix = {str(domain): 0.5, str(general): 0.5}
     mixed = run(tmp_path / "mixed", first, [domain, general], mix=mix, **keys).results
     assert alone["watch_loss_before"] == mixed["watch_loss_before"]

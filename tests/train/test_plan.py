@@ -16,7 +16,9 @@ from tuoling.models.load import find_model, load_model
 from tuoling.models.quantization import Quantization
 from tuoling.models.shape import linear_weights, meta_model
 from tuoling.train.memory import MemoryEstimate, ModelSize, weight_bytes
-from tuoling.train.plan import Plan, make_plan
+from tuoling.train.plan import Plan
+from tuoling.train.planning import make_plan
+from tuoling.train.progress import Progress, forecast
 
 SIZE = ModelSize(parameters=1_000_000, trainable=10_000, layers=2, hidden=64)
 
@@ -70,6 +72,30 @@ def test_a_short_run_says_that_it_has_no_checkpoint_on_the_way() -> None:
 
 def test_a_warmup_longer_than_the_run_is_said() -> None:
     assert any("warm-up of 100" in warning for warning in plan(10, warmup_steps=100).warnings())
+
+
+@pytest.mark.parametrize(
+    ("steps", "made_at", "foreseen_s"),
+    [(9, None, None), (10, 2, 9 * 0.5), (100, 11, 99 * 0.5), (1000, 21, 999 * 0.5)],
+)
+def test_the_time_is_foreseen_once_from_the_first_tenth_of_the_steps(
+    steps: int, made_at: int | None, foreseen_s: float | None
+) -> None:
+    """Half a second and 40 tokens a step; the first step, which is slower, counts nowhere."""
+    made = plan(steps, per_device_train_batch_size=1, num_train_epochs=1)
+    found = {}
+    for step in range(1, steps + 1):
+        done = Progress(step=step, timed_tokens=40 * (step - 1), seconds=0.5 * (step - 1))
+        if (said := forecast(done, made)) is not None:
+            found[step] = said
+    assert list(found) == ([made_at] if made_at else [])
+    if made_at:
+        assert found[made_at] == {
+            "at_step": made_at,
+            "timed_steps": made_at - 1,
+            "seconds": foreseen_s,
+            "tokens_per_s": 80.0,
+        }
 
 
 def test_no_rows_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from tuoling.language import tr
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
+    from tuoling.train.plan import Plan
 
 HELP = tr(
     """Say what `tuoling train` would do: rows, tokens, steps, memory, disk. Nothing is trained.
@@ -38,8 +40,8 @@ def command(
         typer.Option(
             "--probe",
             help=tr(
-                "run two steps of the longest batch in a process of their own and measure the memory",
-                "在单独的进程里试跑两步最长的批次，实测内存",
+                "run two steps of the longest batch in a process of their own, measure the memory and foresee the time",
+                "在单独的进程里试跑两步最长的批次，实测内存并推算用时",
             ),
         ),
     ] = False,
@@ -49,13 +51,13 @@ def command(
 
     setup = prepare(loaded.config, say=console.note, notes=loaded.notes)
     show_plan(setup)
-    measured = _probe(loaded.config) if probe else {}
+    measured = _probe(loaded.config, setup.plan) if probe else {}
     if as_json:
         shown = {**setup.plan.to_json(), **measured, "warnings": setup.plan.warnings()}
         print(json.dumps(shown, ensure_ascii=False))  # noqa: T201
 
 
-def _probe(config: RunConfig) -> dict[str, Any]:
+def _probe(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Measure, and say what came out."""
     from tuoling.train.memory import gib
     from tuoling.train.memory_probe import probe_memory
@@ -66,4 +68,15 @@ def _probe(config: RunConfig) -> dict[str, Any]:
     else:
         peak = gib(found.peak_bytes)
         console.note(tr(f"measured peak  {peak}", f"实测内存峰值  {peak}"))
-    return {"probe": {"peak_bytes": found.peak_bytes, "why": found.why}}
+    measured = asdict(found)
+    if found.tokens_per_s:
+        tokens = plan.tokens_per_step * (plan.total_steps - plan.first_step)
+        measured["seconds"] = round(tokens / found.tokens_per_s, 1)
+        time, rate = console.seconds_words(measured["seconds"]), f"{found.tokens_per_s:,.0f}"
+        console.note(
+            tr(
+                f"expected time  about {time}: {tokens:,.0f} tokens at {rate} tokens/s, as one step of the longest batch ran",
+                f"预计用时  约 {time}：{tokens:,.0f} 个 token，每秒 {rate} 个（按最长批次的一步实测）",
+            )
+        )
+    return {"probe": measured}

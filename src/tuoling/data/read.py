@@ -50,7 +50,8 @@ class Guess:
 def read_rows(source: Source) -> Iterator[Row]:
     """Every row of a source, in order, bad ones with their problems; memory does not grow with the file.
 
-    `source.sample` keeps that many rows, drawn with `source.seed`, in file order (all, where there are fewer).
+    `source.sample` keeps that many rows, drawn with `source.seed`, in file order (all, where there are fewer). A larger
+    sample holds every row of a smaller one.
     Raises DataError for a source that is missing, empty or binary, MissingPackage for Parquet and hub sources.
     """
     reader = RowReader(source)
@@ -64,7 +65,8 @@ def numbered_rows(source: Source) -> Iterator[tuple[int, Raw]]:
         yield from enumerate(_raw_rows(source), 1)
         return
     count = sum(1 for _ in _raw_rows(source))
-    chosen = set(random.Random(source.seed).sample(range(1, count + 1), min(source.sample, count)))
+    drawn = random.Random(source.seed).sample(range(1, count + 1), count)
+    chosen = set(drawn[: source.sample])
     for number, raw in enumerate(_raw_rows(source), 1):
         if number in chosen:
             yield number, raw

@@ -109,20 +109,23 @@ def _resolve(spec: str, dataset_dir: Path | None, seed: int, format: str | None)
 
 
 def _sampled_folder(sources: list[Source], sample: int | None, seed: int) -> list[Source]:
-    """`folder#500`: five hundred rows of the whole folder, shared among its files by their row counts."""
+    """`folder#500`: five hundred rows of the whole folder, shared among its files by their row counts.
+
+    Row r of a file of n stands at (r + 1/2) / n, and the first 500 of all are counted (Webster's method): a larger
+    sample takes no fewer rows of any file than a smaller one.
+    """
     if sample is None:
         return sources
+    import numpy as np
+
     from tuoling.data.read import read_rows
 
     counts = [sum(1 for _ in read_rows(source)) for source in sources]
-    total = sum(counts)
-    shares, before = [], 0
-    for count in counts:  # differences of a rounded running sum: they add up exactly
-        after = before + count
-        shares.append(sample * after // total - sample * before // total if total else 0)
-        before = after
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts] or [np.zeros(0)])
+    first = np.argsort(places, kind="stable")[:sample]
+    shares = np.bincount(np.repeat(np.arange(len(counts)), counts)[first], minlength=len(counts))
     return [
-        replace(source, sample=min(share, count), seed=seed)
-        for source, share, count in zip(sources, shares, counts, strict=True)
+        replace(source, sample=int(share), seed=seed)
+        for source, share in zip(sources, shares, strict=True)
         if share
     ]

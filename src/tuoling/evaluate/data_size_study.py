@@ -31,7 +31,8 @@ def data_size_study(
     """Train `config` on each share of its rows below its output_dir, evaluate, compare.
 
     asked: the evaluation of one run, its `model` filled in here. train: trains one config. Runs that are finished and
-    were trained on the same rows are used as they are. Smaller shares are seeded samples of each file (`rows.json#500`).
+    were trained on the same rows are used as they are. Smaller shares are seeded samples of each file (`rows.json#500`),
+    each within the next larger one.
     """
     if not config.data:
         raise UsageError(

@@ -81,6 +81,8 @@ class Job:
     def _replay(self, folder: Path, again_lost: bool) -> None:
         for event in replay(folder):
             if isinstance(event, Request):
+                if event.key in self._pending:  # --again-lost: the first time may have been paid for too
+                    self._lose(event)
                 self._pending[event.key] = event
                 self.tally.asked += 1
             elif event[0] in self._pending:
@@ -94,16 +96,20 @@ class Job:
                     where=str(self.log.path),
                     remedy=tr("begin anew in another --out", "换一个 --out 重新开始"),
                 )
-        for request in self._pending.values():  # nobody knows whether these were paid for
-            self.tally.lost += 1
-            tokens_in, tokens_out = _at_most(request)
-            self.tally.lost_in += tokens_in
-            self.tally.lost_out += tokens_out
+        for request in self._pending.values():
+            self._lose(request)
         if not again_lost:
             self._settled.update(self._pending)
         self._pending.clear()
         self._barren = self._failing = 0
         self._book.keep()
+
+    def _lose(self, request: Request) -> None:
+        """It was under way at a kill: nobody knows whether it was paid for."""
+        self.tally.lost += 1
+        tokens_in, tokens_out = _at_most(request)
+        self.tally.lost_in += tokens_in
+        self.tally.lost_out += tokens_out
 
     # -- asking ---------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,16 @@ def tell(tally: Tally, out: Path, as_json: bool) -> None:
                 f"{tally.failed} 个请求失败；同一命令会重问",
             )
         )
+    if tally.lost:
+        lost = f"{tally.lost_in + tally.lost_out:,}"
+        console.warn(
+            tr(
+                f"{tally.lost} requests were under way when a run was killed: their answers are lost, and up to {lost} "
+                "tokens of the above were spent on them (Ctrl-C waits for answers under way)",
+                f"运行被强行终止时有 {tally.lost} 个请求在途：其回答已丢失，以上 token 中至多 {lost} 个花在它们上面"
+                "（用 Ctrl-C 停止会等在途的回答）",
+            )
+        )
     console.note(
         tr(
             f"{tally.asked} requests, {tally.answered} answers, {line(tally)}",

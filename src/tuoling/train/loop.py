@@ -35,6 +35,7 @@ from tuoling.train.progress import (
     log_step,
     not_finite,
     note_evaluation,
+    note_forecast,
     note_step,
 )
 from tuoling.train.ranks import Ranks, join
@@ -247,6 +248,7 @@ def fit(
             if not step_is_finite(parts.engine, step.loss, step.grad_norm):
                 rows = ranks.gather([row for batch in batches for row in batch.rows])
                 raise not_finite(run, setup, [each for share in rows for each in share], row)
+            note_forecast(run, done, plan)
             shown = f"loss {step.loss:.4f} · {row['tokens_per_s']:,.0f} tokens/s"
             bar.update(task, completed=done.step, detail=shown)
             last = done.step == plan.total_steps

@@ -1,4 +1,4 @@
-"""Two real steps of the longest batch in a process of their own: the measured peak, or "does not fit"."""
+"""Two real steps of the longest batch in a process of their own: the measured peak and speed, or "does not fit"."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,11 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memo
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """peak_bytes: measured, None where the run does not fit; why: what ended it then."""
+    """peak_bytes: measured, None where the run does not fit; why: what ended it then. tokens_per_s: of the last step."""
 
     peak_bytes: int | None
     why: str = ""
+    tokens_per_s: float | None = None
 
 
 def probe_memory(config: RunConfig, *, command: Sequence[str] = CHILD) -> Probe:
@@ -51,7 +53,7 @@ def probe_memory(config: RunConfig, *, command: Sequence[str] = CHILD) -> Probe:
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         answer = json.loads(lines[-1])
-        return Probe(answer["peak_bytes"], answer["why"])
+        return Probe(**answer)
     last = (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
     if is_out_of_memory(last):
         return Probe(None, last)
@@ -67,7 +69,7 @@ def is_out_of_memory(message: str) -> bool:
 
 
 def main() -> None:
-    """The child: a config on stdin, {"peak_bytes", "why"} on stdout."""
+    """The child: a config on stdin, a Probe as JSON on stdout."""
     from tuoling.config import RunConfig
 
     with suppress(OSError):  # where memory runs out, the probe goes and nothing else
@@ -76,19 +78,18 @@ def main() -> None:
     config = RunConfig.model_validate_json(sys.stdin.read()).model_copy(
         update={"report_to": (), "ignore_memory_plan": True}
     )
-    answer: dict[str, Any]
     try:
-        answer = {"peak_bytes": _two_steps(config), "why": ""}
+        answer = _two_steps(config)
     except (MemoryError, RuntimeError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if not is_out_of_memory(text):
             raise
-        answer = {"peak_bytes": None, "why": text}
-    print(json.dumps(answer))  # noqa: T201
+        answer = Probe(None, text)
+    print(json.dumps(asdict(answer)))  # noqa: T201
 
 
-def _two_steps(config: RunConfig) -> int:
-    """Peak bytes of this process (CPU), or that torch took of the device, over two steps of the longest batch."""
+def _two_steps(config: RunConfig) -> Probe:
+    """Peak of this process (CPU), or what torch took of the device, over two steps of the longest batch; speed of the last."""
     import torch
 
     from tuoling.train.loop import assemble, train_step
@@ -100,11 +101,14 @@ def _two_steps(config: RunConfig) -> int:
         parts = assemble(setup, RunFolder(Path(folder), {}), {}, lambda _: None)
     parts.model.train()
     batch = longest_batch(setup)
+    took = 0.0
     for _ in range(STEPS):
+        began = time.perf_counter()
         train_step(parts.fast, parts.optimizer, parts.engine, [batch], config.max_grad_norm)
-    if setup.device.startswith("cuda"):
-        return int(torch.cuda.max_memory_reserved())
-    return int(environment.peak_rss_gib() * 2**30)
+        took = time.perf_counter() - began
+    on_cuda = setup.device.startswith("cuda")
+    peak = torch.cuda.max_memory_reserved() if on_cuda else environment.peak_rss_gib() * 2**30
+    return Probe(int(peak), tokens_per_s=round(len(batch.input_ids) / took, 1))
 
 
 def longest_batch(setup: Setup) -> Any:

@@ -6,23 +6,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tuoling import environment
-from tuoling.data.batches import largest_micro_batch_tokens
-from tuoling.errors import OutputError, TrainingError
+from tuoling.errors import OutputError
 from tuoling.language import tr
 from tuoling.models.licence import to_json as lineage_json
 from tuoling.models.licence_answer import answer, short, warning
-from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, ModelSize, gib, require_memory
-from tuoling.train.steps import FROM_THE_BEGINNING, Offset, look_at, make_steps
+from tuoling.train.memory import WARN_ABOVE, MemoryEstimate, gib, require_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from tuoling.config import RunConfig
-    from tuoling.data.mix import Mix
     from tuoling.models.licence import Part
 
 
@@ -284,112 +278,3 @@ def require_disk(folder: Path, needed_bytes: int, reserve_mib: int, *, remedy: s
 def _mib(size_bytes: int) -> str:
     size = size_bytes / 2**20
     return f"{size:,.0f} MiB" if size >= 10 else f"{size:,.2f} MiB"
-
-
-def make_plan(
-    config: RunConfig,
-    *,
-    lengths: np.ndarray,
-    learned: np.ndarray,
-    eval_rows: int,
-    size: ModelSize,
-    memory: MemoryEstimate,
-    device: str,
-    shared_rows: int = 0,
-    shared_tokens: int = 0,
-    fitting: Sequence[str] = (),
-    lineage: Sequence[Part] = (),
-    world_size: int = 1,
-    laid_for: int | None = None,
-    offset: Offset = FROM_THE_BEGINNING,
-    mix: Mix | None = None,
-) -> Plan:
-    """Count steps and the disk they take.
-
-    lengths, learned: [rows], tokens and learned tokens of each training row.
-    Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
-    shared_tokens are those of rows computed inside others, and not counted elsewhere.
-    """
-    if len(lengths) == 0:
-        raise TrainingError(
-            tr("no row is left to train on", "没有可训练的数据"),
-            remedy=tr("lower val_size, or raise max_samples", "调小 val_size，或调大 max_samples"),
-        )
-    rows = len(lengths) if mix is None else sum(mix.taken())
-    if rows < world_size:
-        raise TrainingError(
-            tr(f"{world_size} processes and {rows} rows", f"有 {world_size} 个进程，却只有 {rows} 条数据"),
-            remedy=tr(f"at most {rows} processes: --nproc {rows}", f"最多 {rows} 个进程：--nproc {rows}"),
-        )
-    laid = make_steps(config, lengths, world_size, laid_for, offset, mix)
-    figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
-    schedule = offset.total_steps or steps
-    largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
-    warmup = (
-        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * schedule)
-    )
-    save_steps = _interval(config.save_steps, laid.per_epoch, steps)
-    kept = (config.save_total_limit or steps) + 1  # the newest stands beside the kept ones until it is whole
-    copies = max(1, min(kept, (steps - 1) // save_steps))  # one even of a short run: where it is interrupted
-    if config.save_keep_every:
-        copies += steps // config.save_keep_every
-    saved = size.trainable * 4 if config.finetuning_type == "lora" else size.parameters * 4
-    return Plan(
-        rows=rows,
-        eval_rows=eval_rows,
-        tokens=_in_epoch(lengths, mix),
-        learned_tokens=_in_epoch(learned, mix),
-        longest_row=int(lengths.max()),
-        rows_per_step=laid.rows_per_step,
-        max_tokens_per_batch=budget,
-        rows_over_budget=int((lengths > budget).sum()) if budget else 0,
-        tokens_per_step=round(figures.tokens, 1),
-        micro_batches_per_step=round(figures.micro_batches, 3),
-        most_micro_batches=figures.most_micro_batches,
-        largest_micro_batch=largest,
-        fill=round(figures.fill, 4) if figures.fill is not None else None,
-        total_rows=laid.total_rows,
-        total_steps=steps,
-        epochs=round(laid.total_rows / rows, 4),
-        warmup_steps=warmup,
-        save_steps=save_steps,
-        eval_steps=_interval(config.eval_steps, laid.per_epoch, steps),
-        parameters=size.parameters,
-        trainable=size.trainable,
-        device=device,
-        memory=memory,
-        disk_bytes=copies * (saved + size.trainable * 8) + saved,
-        checkpoint_bytes=saved + size.trainable * 8,
-        first_step=laid.first,
-        schedule_steps=schedule,
-        fitting=tuple(fitting),
-        lineage=tuple(lineage),
-        world_size=world_size,
-        shared_rows=shared_rows,
-        shared_tokens=shared_tokens,
-        mix=_parts(mix, laid.total_rows / rows),
-    )
-
-
-def _in_epoch(counts: np.ndarray, mix: Mix | None) -> int:
-    """The sum over the rows of an epoch; with a mix what it is in the mean of all epochs."""
-    if mix is None:
-        return int(counts.sum())
-    sums = np.bincount(mix.group, weights=counts, minlength=len(mix.names))
-    shares = np.array(mix.taken()) / np.array(mix.rows)
-    return round(float((sums * shares).sum()))
-
-
-def _parts(mix: Mix | None, epochs: float) -> tuple[MixPart, ...]:
-    if mix is None:
-        return ()
-    parts = zip(mix.names, mix.shares, mix.rows, mix.taken(), strict=True)
-    return tuple(
-        MixPart(name, share, rows, taken, round(epochs * taken / rows, 4))
-        for name, share, rows, taken in parts
-    )
-
-
-def _interval(asked: int | None, per_epoch: int, steps: int) -> int:
-    """Steps between two saves or evaluations: as asked; once an epoch (None); only at the end (0)."""
-    return per_epoch if asked is None else asked or steps

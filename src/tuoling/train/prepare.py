@@ -32,7 +32,8 @@ from tuoling.train.memory import (
 )
 from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
-from tuoling.train.plan import Plan, make_plan
+from tuoling.train.plan import Plan
+from tuoling.train.planning import make_plan
 from tuoling.train.rows import Rows, Say, compile_rows, hold_out, mix_of, sharing_note
 from tuoling.train.steps import FROM_THE_BEGINNING, Offset
 

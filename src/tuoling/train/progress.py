@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
     from tuoling.config import RunConfig
     from tuoling.train.parallel import StepResult
+    from tuoling.train.plan import Plan
     from tuoling.train.prepare import Setup
     from tuoling.train.run_folder import RunFolder
+
+
+FORECAST_STEPS = 20
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Progress:
 def note_step(done: Progress, setup: Setup, step: StepResult, rate: float, took: float) -> dict[str, Any]:
     """Count a step. Returns its row of metrics.jsonl."""
     loss, tokens, learned = step.loss, step.counts.tokens, step.counts.learned
-    if done.step > 0:  # the first step pays for warm-up: allocators, kernels, caches
+    if done.step > setup.plan.first_step:  # the first step pays for warm-up: allocators, kernels, caches
         done.seconds += took
         done.timed_tokens += tokens
     done.step += 1
@@ -74,6 +78,40 @@ def note_step(done: Progress, setup: Setup, step: StepResult, rate: float, took:
         "seconds": round(took, 4),
         "tokens_per_s": round(tokens / took, 1),
         "peak_rss_gib": round(environment.peak_rss_gib(), 3),
+    }
+
+
+def note_forecast(run: RunFolder, done: Progress, plan: Plan) -> None:
+    """After the first steps: write into run.json how long all of them will take, and say it."""
+    found = forecast(done, plan)
+    if found is None:
+        return
+    run.set_status("running", forecast=found)
+    time, step = console.seconds_words(found["seconds"]), found["at_step"]
+    if not console.err.is_terminal:  # the bar says it there
+        console.note(
+            tr(
+                f"step {step}  the whole run will take about {time}, by the last {found['timed_steps']} steps",
+                f"步 {step}  按最近 {found['timed_steps']} 步推算，整个训练约需 {time}",
+            )
+        )
+
+
+def forecast(done: Progress, plan: Plan) -> dict[str, Any] | None:
+    """The seconds all steps will take, made once: after a tenth of them, FORECAST_STEPS at most, the first apart.
+
+    In the measure of all_results.json: without the first step, evaluations and checkpoints. None at any other step, and
+    in runs too short for one.
+    """
+    steps = plan.total_steps - plan.first_step
+    timed = min(FORECAST_STEPS, steps // 10)
+    if timed == 0 or done.step - plan.first_step != 1 + timed:
+        return None
+    return {
+        "at_step": done.step,
+        "timed_steps": timed,
+        "seconds": round((steps - 1) * done.seconds / timed, 3),
+        "tokens_per_s": round(done.timed_tokens / done.seconds, 1),
     }
 
 

@@ -82,7 +82,7 @@ def _steps(
     setup: Setup, parts: Parts, start: Start, logged: Mapping[int, Mapping[str, Any]], wanted: Sequence[int]
 ) -> tuple[int, str, float, float] | None:
     """Take the steps up to the last wanted one. Returns the first difference."""
-    steps = make_steps(setup.config, setup.train.lengths, 1, setup.laid_for, setup.offset)
+    steps = make_steps(setup.config, setup.train.lengths, 1, setup.laid_for, setup.offset, setup.mix)
     parts.model.train()
     with console.progress() as bar:
         task = bar.add_task(tr("replaying", "重放中"), total=len(wanted), detail="")

@@ -53,17 +53,6 @@ def bytes_words(size: float | None) -> str:
     return f"{size:,.2f} GiB"
 
 
-def seconds_words(seconds: float | None) -> str:
-    """2 h 05 min, 3 min 20 s, 12.5 s."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-
-
 def number(value: object) -> str:
     """12,345; 0.117; – for none."""
     if value is None:

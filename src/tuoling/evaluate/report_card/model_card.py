@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from tuoling import files
+from tuoling.console import seconds_words
 from tuoling.evaluate.labels import METRICS, SIDES, SUITES, VERDICTS, class_names, figure
 from tuoling.evaluate.report_card.contents import Report, Suite
-from tuoling.evaluate.report_card.html import seconds_words
 
 BEGIN, END = "<!-- tuoling report -->", "<!-- /tuoling report -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", re.DOTALL)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from tuoling.console import seconds_words
 from tuoling.evaluate.labels import METRICS, SUITES, figure
 from tuoling.evaluate.report_card.charts import Line, histogram, line_chart
 from tuoling.evaluate.report_card.contents import Report, Suite
@@ -14,7 +15,6 @@ from tuoling.evaluate.report_card.html import (
     bytes_words,
     facts,
     number,
-    seconds_words,
     section,
     table,
     verdict_cell,
@@ -130,6 +130,8 @@ def plan_and_fact(report: Report) -> str:
     plan, done = report.plan, report.results
     if not plan:
         return ""
+    forecast = report.record.get("forecast") or {}
+    times = (forecast.get("seconds"), done.get("seconds"))
     peak = done.get("peak_cuda_gib") or done.get("peak_rss_gib")
     planned_tokens = round((plan.get("tokens") or 0) * (plan.get("epochs") or 0))
     rows = [
@@ -142,18 +144,49 @@ def plan_and_fact(report: Report) -> str:
             bytes_words(plan.get("memory_bytes")),
             bytes_words(peak * 2**30 if peak else None),
         ),
-        (both("训练用时", "training time"), "–", seconds_words(done.get("seconds"))),
-        (
-            both("速度", "throughput"),
-            "–",
-            f"{number(done.get('tokens_per_s'))} tokens/s" if done.get("tokens_per_s") else "–",
-        ),
+        (both("训练用时", "training time"), *map(seconds_words, times)),
+        (both("速度", "throughput"), _speed(forecast), _speed(done)),
     ]
-    if report.price_per_hour is not None and done.get("seconds"):
-        cost = report.price_per_hour * done["seconds"] / 3600
-        rows.append((both("费用", "cost"), f"{report.price_per_hour:g} / h", f"{cost:,.4g}"))
+    price = report.price_per_hour
+    if price is not None and done.get("seconds"):
+        costs = ("–" if time is None else f"{price * time / 3600:,.4g}" for time in times)
+        rows.append((both(f"费用（每小时 {price:g}）", f"cost ({price:g} an hour)"), *costs))
     head = ("", both("计划", "plan"), both("实际", "fact"))
-    return section("plan", "计划与实际、用时与费用", "Plan against fact, time and cost", table(head, rows))
+    body = table(head, rows)
+    if forecast:
+        step, timed = forecast["at_step"], forecast["timed_steps"]
+        zh = f"用时与速度无法在开始前得知：这里的计划是第 {step} 步时由已计时的 {timed} 步推算的。"
+        en = f"Time and speed are not known before the start: what is planned here was foreseen at step {step}, from {timed} timed steps."
+        body += f"<p><small>{both(zh, en)}</small></p>"
+    return section(
+        "plan", "计划与实际、用时与费用", "Plan against fact, time and cost", body + _resumptions(report)
+    )
+
+
+def _speed(found: Mapping[str, Any]) -> str:
+    rate = found.get("tokens_per_s")
+    return f"{number(rate)} tokens/s" if rate else "–"
+
+
+def _resumptions(report: Report) -> str:
+    """When the run was interrupted or crashed, and from which step it went on."""
+    found = report.record.get("resumed") or []
+    if not found:
+        return ""
+    rows = [
+        (
+            escape(str(one.get("at", ""))[:16].replace("T", " ")),
+            number(one.get("step")),
+            escape("; ".join(map(str, one.get("changed") or [])) or "–"),
+        )
+        for one in found
+    ]
+    head = (
+        both("时间（UTC）", "at (UTC)"),
+        both("从此步之后继续", "went on after step"),
+        both("改动", "changed"),
+    )
+    return f"<h3>{both('中断后继续', 'Interrupted and resumed')}</h3>" + table(head, rows)
 
 
 def curves(report: Report) -> str:
