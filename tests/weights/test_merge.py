@@ -19,7 +19,8 @@ from tuoling.files import manifest_problems, sha256_file, write_json
 from tuoling.models.load import find_model, load_model, load_tokenizer
 from tuoling.weights import changes as changes_module
 from tuoling.weights.changes import LowRank, Rows, Whole, apply_changes
-from tuoling.weights.merge import Weighted, merge, open_merged
+from tuoling.weights.merge import merge
+from tuoling.weights.merged import Weighted, open_merged
 
 IDS = torch.tensor([[5, 9, 200, 31, 77, 4, 1, 2]])
 

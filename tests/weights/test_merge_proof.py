@@ -17,8 +17,9 @@ from tuoling.errors import TuolingError
 from tuoling.files import sha256_file, write_json
 from tuoling.models.load import find_model, load_model
 from tuoling.weights import merge as merge_module
-from tuoling.weights.merge import Weighted, merge
+from tuoling.weights.merge import merge
 from tuoling.weights.merge_proof import AsTrained
+from tuoling.weights.merged import Weighted
 from tuoling.weights.parity import Beside, Weights, gate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gate_here")]

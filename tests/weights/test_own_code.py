@@ -16,7 +16,8 @@ from tuoling.models.source import find_model
 from tuoling.weights.convert import ConvertOptions, convert
 from tuoling.weights.gptq import quantize
 from tuoling.weights.gptq_options import QuantizeOptions
-from tuoling.weights.merge import Weighted, merge
+from tuoling.weights.merge import merge
+from tuoling.weights.merged import Weighted
 from tuoling.weights.prune import prune_vocab
 from tuoling.weights.prune_report import PruneOptions
 

@@ -12,7 +12,8 @@ from tuoling.cli.convert import AsJson, NoVerify, print_json, tell_written
 from tuoling.language import tr
 
 if TYPE_CHECKING:
-    from tuoling.weights.merge import MergeReport, Weighted
+    from tuoling.weights.merge import MergeReport
+    from tuoling.weights.merged import Weighted
 
 HELP = tr(
     """Merge an adapter, or several with weights, into its base: a model folder that needs no adapter.
@@ -59,7 +60,8 @@ def command(
 ) -> None:
     from tuoling.errors import OutputError
     from tuoling.models.source import find_model
-    from tuoling.weights.merge import Weighted, stored_dtype
+    from tuoling.weights.merge import stored_dtype
+    from tuoling.weights.merged import Weighted
 
     stored = stored_dtype(dtype)
     if out.exists():

@@ -65,7 +65,8 @@ def make_forms(run: Path, *, say: Callable[[str], None] = lambda _: None) -> For
 
 def _merge(run: Path, say: Callable[[str], None]) -> Form:
     from tuoling.models.source import find_model
-    from tuoling.weights.merge import Weighted, merge
+    from tuoling.weights.merge import merge
+    from tuoling.weights.merged import Weighted
 
     out = run.parent / "merged"
     merge([Weighted(find_model(run))], out, say=say)

@@ -18,7 +18,8 @@ from tuoling.infer.engine import (
     Score,
     TemplatePrompts,
 )
-from tuoling.infer.llamacpp import LlamaModel, Sampler
+from tuoling.infer.llamacpp import LlamaModel
+from tuoling.infer.llamacpp_sampler import Sampler
 from tuoling.infer.llamacpp_tokenizer import GgufTokenizer
 from tuoling.infer.stops import StopFilter, cut_at_stop, reply_of
 from tuoling.language import tr

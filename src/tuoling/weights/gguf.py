@@ -31,7 +31,7 @@ from tuoling.weights.gguf_file import write_gguf
 from tuoling.weights.gguf_quantize import FILE_TYPES, fallback_note, quantize_file
 from tuoling.weights.gguf_tokenizer import read_vocabulary, write_vocabulary
 from tuoling.weights.gguf_verify import verify
-from tuoling.weights.merge import Merged, open_merged
+from tuoling.weights.merged import Merged, open_merged
 from tuoling.weights.parity import skipped
 from tuoling.weights.tensors import TensorSource, open_weights
 

@@ -45,7 +45,8 @@ def plain_folder(
     folder = work / "plain"
     if source.is_adapter:
         if not folder.exists():
-            from tuoling.weights.merge import Weighted, merge
+            from tuoling.weights.merge import merge
+            from tuoling.weights.merged import Weighted
 
             say(tr("merging the adapter into its base", "正在把适配器合并进基座"))
             merge((Weighted(source),), folder, allow_remote_code=allow_remote_code, say=say)

@@ -16,7 +16,7 @@ from tuoling.weights.parity import Beside, Bound, Weights, gate, skipped
 if TYPE_CHECKING:
     import numpy as np
 
-    from tuoling.weights.merge import Weighted
+    from tuoling.weights.merged import Weighted
 
 LOW_BIT_RECORD = "parity_low_bit.json"
 
