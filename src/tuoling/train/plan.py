@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tuoling.config import RunConfig
     from tuoling.data.mix import Mix
+    from tuoling.data.token_store import TokenStore
     from tuoling.models.licence import Part
 
 
@@ -60,7 +61,8 @@ class Plan:
     fill: float | None
     total_rows: int
     total_steps: int
-    epochs: float
+    epochs: float | None
+    """None where the rows are still being made."""
     warmup_steps: int
     save_steps: int
     eval_steps: int
@@ -84,6 +86,8 @@ class Plan:
     """Where the learning rate's line ends; `total_steps` where the run goes to its end."""
     checkpoint_bytes: int = 0
     """Of one checkpoint."""
+    rows_known: bool = True
+    """False where training begins on the first rows (`streaming_start`): rows and tokens are those so far."""
     mix: tuple[MixPart, ...] = ()
     """What an epoch takes of each source. `rows` and `tokens` are then those of an epoch."""
 
@@ -111,19 +115,20 @@ class Plan:
         """(label, value) pairs for people."""
         share = 100 * self.trainable / max(1, self.parameters)
         shared = [(tr("shared prefixes", "共享前缀"), self._sharing())] if self.shared_rows else []
+        so_far = "" if self.rows_known else tr(" so far", "（目前）")
         return [
             (
                 tr("rows", "训练数据"),
                 tr(
-                    f"{self.rows:,} (+ {self.eval_rows:,} held out)",
-                    f"{self.rows:,} 条（另留 {self.eval_rows:,} 条验证）",
+                    f"{self.rows:,}{so_far} (+ {self.eval_rows:,} held out)",
+                    f"{self.rows:,} 条{so_far}（另留 {self.eval_rows:,} 条验证）",
                 ),
             ),
             (
                 tr("tokens", "token 数"),
                 tr(
-                    f"{self.tokens:,}, of which {self.learned_tokens:,} are learned",
-                    f"{self.tokens:,}，其中学习 {self.learned_tokens:,}",
+                    f"{self.tokens:,}{so_far}, of which {self.learned_tokens:,} are learned",
+                    f"{self.tokens:,}{so_far}，其中学习 {self.learned_tokens:,}",
                 ),
             ),
             *shared,
@@ -132,8 +137,8 @@ class Plan:
             (
                 tr("steps", "总步数"),
                 tr(
-                    f"{self._steps_taken()} = {self.epochs:g} epochs, {self.warmup_steps:,} of warm-up",
-                    f"{self._steps_taken()}（{self.epochs:g} 轮），预热 {self.warmup_steps:,} 步",
+                    f"{self._steps_taken()}{self._epochs()}, {self.warmup_steps:,} of warm-up",
+                    f"{self._steps_taken()}{self._epochs()}，预热 {self.warmup_steps:,} 步",
                 ),
             ),
             (
@@ -162,6 +167,11 @@ class Plan:
         if not self.first_step:
             return taken
         return f"{taken} ({self.first_step:,} → {self.total_steps:,} / {self.schedule_steps:,})"
+
+    def _epochs(self) -> str:
+        if self.epochs is None:
+            return tr(" (max_steps; how many epochs is not known yet)", "（max_steps；还不知道是多少轮）")
+        return tr(f" = {self.epochs:g} epochs", f"（{self.epochs:g} 轮）")
 
     def _each_step(self) -> str:
         tokens = f"{self.tokens_per_step:,.0f}"
@@ -303,10 +313,12 @@ def make_plan(
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
     mix: Mix | None = None,
+    store: TokenStore | None = None,
 ) -> Plan:
     """Count steps and the disk they take.
 
-    lengths, learned: [rows], tokens and learned tokens of each training row.
+    lengths, learned: [rows], tokens and learned tokens of each training row. store: where these are the first rows of
+    it, and the others may still be made.
     Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
     shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
@@ -321,13 +333,14 @@ def make_plan(
             tr(f"{world_size} processes and {rows} rows", f"有 {world_size} 个进程，却只有 {rows} 条数据"),
             remedy=tr(f"at most {rows} processes: --nproc {rows}", f"最多 {rows} 个进程：--nproc {rows}"),
         )
-    laid = make_steps(config, lengths, world_size, laid_for, offset, mix)
-    figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
+    laid = make_steps(config, lengths, world_size, laid_for, offset, mix, store)
+    figures, budget, steps = look_at(laid, lengths, store), laid.max_tokens, laid.total
     schedule = offset.total_steps or steps
     largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * schedule)
     )
+    known = store is None or store.whole
     save_steps = _interval(config.save_steps, laid.per_epoch, steps)
     kept = (config.save_total_limit or steps) + 1  # the newest stands beside the kept ones until it is whole
     copies = max(1, min(kept, (steps - 1) // save_steps))  # one even of a short run: where it is interrupted
@@ -350,7 +363,8 @@ def make_plan(
         fill=round(figures.fill, 4) if figures.fill is not None else None,
         total_rows=laid.total_rows,
         total_steps=steps,
-        epochs=round(laid.total_rows / rows, 4),
+        epochs=round(laid.total_rows / rows, 4) if known else None,
+        rows_known=known,
         warmup_steps=warmup,
         save_steps=save_steps,
         eval_steps=_interval(config.eval_steps, laid.per_epoch, steps),
