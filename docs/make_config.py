@@ -161,6 +161,13 @@ SECTIONS: list[tuple[tuple[str, str], Meanings]] = [
                 "被截断的回答，保留的那部分是否学习（它不会带结束符）。",
             ),
             "train_on_inputs": ("Learn the prompt as well.", "提示部分也一起学习。"),
+            "streaming_start": (
+                "Begin to train as soon as the first rows are compiled, while a process beside compiles the rest; wants "
+                "`max_steps`. The first epoch goes through the rows in pieces of some 4 MB as they stand in the files, "
+                "each piece shuffled; later epochs are shuffled as a whole. Bad rows are judged by what has been read.",
+                "第一批数据编译好就开始训练，其余由旁边的进程继续编译；需要 `max_steps`。第一轮按文件顺序逐段（每段约 4 MB）进行，"
+                "段内打乱；之后各轮整体打乱。坏数据按已读到的部分判断。",
+            ),
             "share_prefixes": (
                 "Compute rows that begin another row (a dialogue so far, then the same with one more turn) inside it. "
                 "Loss and gradient of each row stay the same; a step holds more of the data, an epoch has fewer steps.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from tuoling.config_mix import data_of, mix_issues, read_mix, stopping_issues
+from tuoling.config_mix import data_of, mix_issues, read_mix, stopping_issues, streaming_issues
 from tuoling.errors import ConfigError
 from tuoling.language import tr
 
@@ -117,6 +117,8 @@ class RunConfig(BaseModel):
     """Parts of the rows that `tuoling study` trains on, one run each."""
     data_workers: Annotated[Whole, Field(gt=0)] | None = None
     """Processes that compile rows into tokens; None: one a core where there is enough to do. The result is the same."""
+    streaming_start: bool = False
+    """Train on the first rows while the rest is compiled; wants max_steps. The first epoch goes shard by shard."""
     max_seq_len: Annotated[Whole, Field(gt=1)] = 1024
     overlong: Literal["error", "drop", "cut_prompt", "split"] = "error"
     learn: Literal["all", "last"] = "all"
@@ -366,6 +368,7 @@ def cross_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | No
     yield from _parallel_issues(values)
     yield from mix_issues(values)
     yield from stopping_issues(values)
+    yield from streaming_issues(values)
     if values.get("dataset") and values.get("data"):
         yield (
             "dataset",

@@ -1,4 +1,7 @@
-"""The key `mix`: sources and their weights, as a mapping or as one text; and what does not go with it."""
+"""The key `mix`: sources and their weights, as a mapping or as one text; and what does not go with it.
+
+Beside it what does not go with the other keys that decide which rows are seen when.
+"""
 
 from __future__ import annotations
 
@@ -92,3 +95,58 @@ def stopping_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str |
             ),
             "val_size=0.05",
         )
+
+
+def streaming_issues(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """(key, problem, remedy) where training cannot begin before all rows are there."""
+    if values.get("streaming_start") is not True:
+        return
+    later = tr("or streaming_start=false", "或 streaming_start=false")
+    max_steps = values.get("max_steps")
+    if not isinstance(max_steps, int) or max_steps <= 0:
+        yield (
+            "max_steps",
+            tr(
+                "streaming_start needs max_steps: how many rows there are, and where the learning rate ends, is not "
+                "known when training begins",
+                "streaming_start 需要 max_steps：开始训练时还不知道共有多少条数据、学习率到哪一步结束",
+            ),
+            f"max_steps=1000, {later}",
+        )
+    if values.get("save_steps", 500) is None:
+        yield (
+            "save_steps",
+            tr(
+                "a save at the end of each epoch: with streaming_start nobody knows yet where that is",
+                "要在每轮结束时保存，但 streaming_start 开始时还不知道一轮有多长",
+            ),
+            f"save_steps=500, {later}",
+        )
+    if values.get("val_size"):
+        yield (
+            "val_size",
+            tr(
+                "held-out rows are drawn from all rows, which streaming_start does not wait for",
+                "验证数据要从全部数据中抽取，而 streaming_start 不等全部数据",
+            ),
+            tr(f"eval_data=FILE, {later}", f"eval_data=文件，{later}"),
+        )
+    if values.get("per_device_train_batch_size", 4) is None:
+        yield (
+            "max_tokens_per_batch",
+            tr(
+                "packs are laid over a whole epoch, which streaming_start does not wait for",
+                "按 token 打包要看到整轮数据，而 streaming_start 不等全部数据",
+            ),
+            f"batch_size=64, {later}",
+        )
+    for key in ("mix", "share_prefixes"):
+        if values.get(key):
+            yield (
+                key,
+                tr(
+                    f"{key} goes by all rows, which streaming_start does not wait for",
+                    f"{key} 要看到全部数据，而 streaming_start 不等全部数据",
+                ),
+                "streaming_start=false",
+            )

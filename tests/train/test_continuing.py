@@ -234,3 +234,51 @@ def test_an_adapter_that_is_damaged_leaves_no_run(tmp_path: Path, old: Path) -> 
     save_file(tensors, bad / "adapter_model.safetensors")
     with pytest.raises(ModelError):
         go_on(bad, new_rows(tmp_path), tmp_path / "no", base=record(old)["base"]["path"])
+
+
+def test_the_command_starts_the_same_processes_as_train(
+    tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuoling.train import launch
+
+    started: list[launch.Launch] = []
+
+    def train_on(launch: launch.Launch, *_: Any, **keys: Any) -> None:
+        started.append(launch)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(launch, "train_on", train_on)
+    words = ["continue", str(bloom), "--data", str(new_rows(tmp_path)), "--out", str(tmp_path / "out")]
+    places = [
+        ["--devices", "0,1,3"],
+        ["--nproc", "2", "--nnodes", "4", "--node-rank", "3", "--master", "10.0.0.1:29501"],
+    ]
+    for place in places:
+        result = CliRunner().invoke(app, [*words, *WORDS, *place])
+        assert result.exit_code == 1
+    assert started == [launch.Launch(3, (0, 1, 3)), launch.Launch(2, (), 4, 3, "10.0.0.1:29501")]
+
+
+@pytest.mark.slow
+def test_the_passes_are_counted_for_the_processes_that_will_train(
+    tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuoling.train import launch
+
+    starts: list[Any] = []
+
+    def train_on(*_: Any, start: Any, **keys: Any) -> Any:
+        starts.append(start)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(launch, "train_on", train_on)
+    for processes, steps in ((2, 20), (4, 10)):  # 80 rows a pass, 4 rows a process and step, 2 passes
+        with pytest.raises(TrainingError, match="enough"):
+            go_on(
+                *(old / "checkpoint-4", new_rows(tmp_path, 80), tmp_path / "no", "num_train_epochs=2"),
+                keep_schedule=True,
+                epochs=1,
+                launch=launch.Launch(nproc=processes),
+            )
+        assert starts[-1].offset.total_steps == steps
+        assert starts[-1].offset.stop == 4 + steps // 2

@@ -7,9 +7,20 @@ from typing import Annotated
 import typer
 
 from tuoling import console
-from tuoling.cli.train import show_plan, tell
+from tuoling.cli.train import (
+    Devices,
+    Hostfile,
+    MachineNumber,
+    Machines,
+    Master,
+    Processes,
+    RemoteShell,
+    show_plan,
+    tell,
+)
 from tuoling.errors import UsageError
 from tuoling.language import tr
+from tuoling.train.asked import Asked, launching
 
 HELP = tr(
     """Begin a new run from old weights, on rows of its own.
@@ -21,7 +32,9 @@ HELP = tr(
 
     --keep-schedule: the optimizer's state is kept and the learning-rate line goes on as if the new rows had been
     appended to the old ones, also from a checkpoint of transformers' Trainer (optimizer.pt, trainer_state.json). How
-    many passes over the new rows that makes is said first, and asked for where it is more than num_train_epochs.""",
+    many passes over the new rows that makes is said first, and asked for where it is more than num_train_epochs.
+
+    Processes, cards and machines as with `tuoling train`.""",
     """用旧的权重、新的数据开始一次新的训练。
 
     tuoling continue 运行目录或适配器 --data 新数据.json [--out 新目录] [键=值 …]
@@ -30,7 +43,9 @@ HELP = tr(
     优化器和学习率计划从头开始。
 
     --keep-schedule：保留优化器状态，学习率曲线接着走，就像新数据接在旧数据后面；也支持 transformers Trainer 的检查点
-    （optimizer.pt、trainer_state.json）。会先说明在新数据上要训练多少轮；超过 num_train_epochs 时会询问。""",
+    （optimizer.pt、trainer_state.json）。会先说明在新数据上要训练多少轮；超过 num_train_epochs 时会询问。
+
+    进程、显卡、机器的写法与 tuoling train 相同。""",
 )
 
 
@@ -92,9 +107,13 @@ def command(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help=tr("do not ask about the passes", "不询问轮数"))
     ] = False,
-    nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help=tr("processes to start here", "在本机启动的进程数"))
-    ] = 1,
+    nproc: Processes = None,
+    devices: Devices = None,
+    nnodes: Machines = 1,
+    node_rank: MachineNumber = 0,
+    master: Master = None,
+    hostfile: Hostfile = None,
+    remote_shell: RemoteShell = None,
     as_json: Annotated[
         bool, typer.Option("--json", help=tr("print the results as JSON", "以 JSON 输出结果"))
     ] = False,
@@ -120,19 +139,21 @@ def command(
         )
     from tuoling.train.entry import continue_from
 
-    result = continue_from(
-        source,
-        words or [],
-        {"data": data, "output_dir": out},
-        base=base,
-        keep_schedule=keep_schedule,
-        from_data_beginning=from_data_beginning,
-        epochs=epochs,
-        agreed=lambda said: yes or _ask(),
-        say=console.note,
-        show_plan=show_plan,
-        nproc=nproc,
-    )
+    asked = Asked(nproc, devices, nnodes, node_rank, master, hostfile, remote_shell)
+    with launching(asked, say=console.note) as launch:
+        result = continue_from(
+            source,
+            words or [],
+            {"data": data, "output_dir": out},
+            base=base,
+            keep_schedule=keep_schedule,
+            from_data_beginning=from_data_beginning,
+            epochs=epochs,
+            agreed=lambda said: yes or _ask(),
+            say=console.note,
+            show_plan=show_plan,
+            launch=launch,
+        )
     tell(result, as_json=as_json)
 
 

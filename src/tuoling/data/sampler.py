@@ -7,8 +7,12 @@ and skips no row. The state of a run's data is one number: how many rows it has 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tuoling.data.token_store import TokenStore
 
 
 class SampleOrder:
@@ -50,6 +54,35 @@ class SampleOrder:
         if epoch != self._epoch:
             self._order, self._epoch = shuffled(self.num_rows, self.seed, epoch), epoch
         return self._order
+
+
+class ShardOrder(SampleOrder):
+    """The order of a run that begins before all of its rows are there (`streaming_start`).
+
+    The first epoch goes from shard to shard as they stand in the store, the rows of each shuffled: it asks for no more
+    of the store than has been made. From the second on it is SampleOrder's. A function of the store and the seed, not
+    of when a shard was finished.
+    """
+
+    def __init__(self, store: TokenStore, seed: int) -> None:
+        store.wait(1)
+        super().__init__(len(store), seed)
+        self._store = store
+        self._begin, self._shard_order = 0, np.empty(0, dtype=np.int64)
+
+    def row(self, global_index: int) -> int:
+        """The row at a global index. Waits where it is not there yet."""
+        if not 0 <= global_index - self._begin < len(self._shard_order):
+            self._store.wait(global_index + 1)
+            self.num_rows = len(self._store)
+            if global_index >= self.num_rows:  # then the store is whole
+                return super().row(global_index)
+            starts = self._store.shard_starts
+            shard = int(np.searchsorted(starts, global_index, side="right")) - 1
+            self._begin = int(starts[shard])
+            end = int(starts[shard + 1]) if shard + 1 < len(starts) else self.num_rows
+            self._shard_order = shuffled(end - self._begin, self.seed, 0, shard)
+        return self._begin + int(self._shard_order[global_index - self._begin])
 
 
 def shuffled(count: int, seed: int, *key: int) -> np.ndarray:

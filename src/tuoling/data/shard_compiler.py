@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tuoling.data.json_stream import read_json_lines
 from tuoling.data.overlong import Encoded, Fitter, learnable, split_text
@@ -77,20 +77,25 @@ class _Untrained(Exception):
 
 def finished(folder: Path, shard: Shard) -> Compiled | None:
     """The shard as an interrupted build left it in `folder`; None if it did not get so far, or not whole."""
-    proof = folder / f"shard-{shard.name}.json"
+    return shard_in(folder, shard.number, shard.identity())
+
+
+def shard_in(folder: Path, number: int, identity: list[list[Any]] | None = None) -> Compiled | None:
+    """The shard of that number if it lies whole in `folder`, and is of those rows where `identity` says them."""
+    proof = folder / f"shard-{number:05d}.json"
     if not proof.is_file():
         return None
     try:
         said = read_json(proof)
-        whole = said["identity"] == shard.identity() and all(
+        whole = identity in (None, said["identity"]) and all(
             (folder / name).stat().st_size == size for name, size in said["sizes"].items()
         )
-        if not whole or sha256_file(folder / token_file(shard.number)) != said["tokens_sha256"]:
+        if not whole or sha256_file(folder / token_file(number)) != said["tokens_sha256"]:
             return None
     except (DataError, OSError, KeyError, TypeError):
         return None
     return Compiled(
-        shard.number,
+        number,
         StoreReport(**said["report"]),
         tuple((file, lines, rows) for file, lines, rows in said["pieces"]),
         said["tokens_sha256"],

@@ -55,13 +55,15 @@ def compile_store(
     cache_dir: Path,
     progress: Progress | None = None,
     workers: int | None = None,
+    refuse_at_once: bool = False,
 ) -> tuple[TokenStore, StoreReport]:
     """The token store of these rows: the one made earlier if nothing changed, else a new one.
 
     progress: called with the number of rows read so far. workers: processes to compile in (None: as many as there is
-    work, cores and memory for); the store's bytes do not depend on it. Raises DataError: bad rows beyond `allow_bad`
-    (all of them stand in the ledger), over-long rows under `overlong: error`, nothing left to learn, rows of a format
-    that is not trained.
+    work, cores and memory for); the store's bytes do not depend on it. refuse_at_once: judge the rows read so far
+    after each shard, not all of them in the end. Raises DataError: bad rows beyond `allow_bad` (all that were read
+    stand in the ledger), over-long rows under `overlong: error`, nothing left to learn, rows of a format that is not
+    trained.
     """
     started = time.monotonic()
     if not sources:
@@ -82,7 +84,7 @@ def compile_store(
         changed = what_changed(cache_dir, parts)
         if folder.exists():
             shutil.rmtree(folder)
-        build = _Build(job, ledger)
+        build = _Build(job, ledger, refuse_at_once=refuse_at_once)
         try:
             with _building(folder, keep=same_bytes) as place:
                 hashes = build.run(
@@ -102,6 +104,16 @@ def compile_store(
     return store, report
 
 
+def building_folder(folder: Path) -> Path:
+    """Where the shards of the store at `folder` are put while it is made."""
+    return folder.with_name(f".{folder.name}.building")
+
+
+def building_lock(folder: Path) -> Path:
+    """Held by the process that makes the store at `folder`."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def _building(folder: Path, *, keep: bool) -> Iterator[Path]:
     """A folder to build in: with what an interrupted build left, unless another process is building there now.
@@ -110,7 +122,7 @@ def _building(folder: Path, *, keep: bool) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    building, lock_file = (folder.with_name(f".{folder.name}.{end}") for end in ("building", "lock"))
+    building, lock_file = building_folder(folder), building_lock(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,8 +152,8 @@ def _building(folder: Path, *, keep: bool) -> Iterator[Path]:
 class _Build:
     """All shards of a store, one after another, and what becomes of them together."""
 
-    def __init__(self, job: Job, ledger: Path) -> None:
-        self._job, self._ledger = job, ledger
+    def __init__(self, job: Job, ledger: Path, *, refuse_at_once: bool) -> None:
+        self._job, self._ledger, self._refuse_at_once = job, ledger, refuse_at_once
         self.report = StoreReport()
         self._first_bad: list[str] = []
         self._before = Counter[int](), Counter[int]()  # lines and rows of each source in the shards so far
@@ -170,6 +182,8 @@ class _Build:
                 report.add(compiled.report)
                 report.resumed += compiled.report.rows if found else 0
                 hashes[token_file(compiled.number)] = compiled.tokens_sha256
+                if self._refuse_at_once and settings.refuses(report):
+                    break
         if report.bad:
             report.ledger = self._ledger
         else:
@@ -221,7 +235,7 @@ class _Build:
             raise DataError(
                 tr("there are no rows", "没有任何样本"), where=", ".join(s.path for s in sources[:3])
             )
-        if report.bad > settings.allow_bad * report.rows:
+        if settings.too_many_bad(report):
             listed = "\n".join(f"  {line}" for line in self._first_bad)
             problem = tr(
                 f"{report.bad} of {report.rows} rows are bad:",

@@ -34,6 +34,15 @@ class StoreSettings:
         """What is done with rows that are too long."""
         return "split" if self.stage == "pt" and self.overlong != "drop" else self.overlong
 
+    def too_many_bad(self, report: StoreReport) -> bool:
+        """Whether more of these rows are bad than is let pass."""
+        return report.bad > self.allow_bad * report.rows
+
+    def refuses(self, report: StoreReport) -> bool:
+        """Whether these rows, the first of more, are refused already."""
+        too_long = self.policy == "error" and report.dropped_overlong > 0
+        return too_long or self.too_many_bad(report)
+
 
 @dataclass
 class StoreReport:

@@ -38,6 +38,9 @@ class Example:
 class TokenStore:
     """Examples of a store folder. Opening it reads a few numbers; pages come in as they are used."""
 
+    whole = True
+    """Whether all examples are there: growing_store.py has one that is read while it is made."""
+
     def __init__(self, path: Path, paths: list[str] | None = None) -> None:
         self.path = path
         self.meta: dict[str, Any] = read_json(path / META)
@@ -63,6 +66,18 @@ class TokenStore:
             raise IndexError(index)
         first, last = self._span_offsets[index], self._span_offsets[index + 1]
         return Example(self.input_ids(index), self._spans[first:last].astype(np.int64), int(index))
+
+    def ready(self, count: int) -> bool:
+        """Whether the first `count` examples are there, or all there will be."""
+        return True
+
+    def wait(self, count: int) -> None:
+        """Until they are."""
+
+    @property
+    def shard_starts(self) -> np.ndarray:
+        """int64 [shards]: the first example of each shard."""
+        return np.searchsorted(self._offsets, self._part_starts)
 
     def input_ids(self, index: int) -> np.ndarray:
         """uint32 [L] of an example."""
@@ -184,7 +199,7 @@ def join_columns(folder: Path, first_lines: Sequence[Mapping[int, int]]) -> np.n
 
     Returns int32 [rows], the tokens of every row before it was made to fit.
     """
-    parts = [_columns_of(folder, number, lines) for number, lines in enumerate(first_lines)]
+    parts = [columns_of(folder, number, lines) for number, lines in enumerate(first_lines)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in _COLUMNS}
     tokens = np.array([part["lengths"].sum(dtype=np.int64) for part in parts], dtype=np.int64)
     del parts
@@ -200,7 +215,8 @@ def join_columns(folder: Path, first_lines: Sequence[Mapping[int, int]]) -> np.n
     return joined["row_lengths"]
 
 
-def _columns_of(folder: Path, number: int, first_lines: Mapping[int, int]) -> dict[str, np.ndarray]:
+def columns_of(folder: Path, number: int, first_lines: Mapping[int, int]) -> dict[str, np.ndarray]:
+    """What a shard's file says of its examples. first_lines: lines of the sources before it."""
     with np.load(folder / f"rows-{number:05d}.npz", allow_pickle=False) as found:
         columns = {name: found[name] for name in _COLUMNS}
     for source, lines in first_lines.items():

@@ -17,12 +17,14 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
     config, plan = setup.config, setup.plan
     lineage = plan.lineage
     eval_loss = results.get("eval_loss")
+    so_far = "" if plan.rows_known else " 起（边训练边编译）and more"
+    epochs = f" ({results['epochs']:g} epochs)" if results["epochs"] is not None else ""
     facts = [
         ("基座 base", f"`{config.model_name_or_path}` ({setup.source.family.name})"),
         ("基座许可 licence of the base", of_models(lineage) or "未知 unknown"),
         ("数据 data", ", ".join(f"`{name}`" for name in (*config.data, *(config.dataset or ())))),
-        ("条数 rows", f"{plan.rows:,} + {plan.eval_rows:,} held out"),
-        ("token", f"{plan.tokens:,} (learned {plan.learned_tokens:,})"),
+        ("条数 rows", f"{plan.rows:,}{so_far} + {plan.eval_rows:,} held out"),
+        ("token", f"{plan.tokens:,}{so_far} (learned {plan.learned_tokens:,})"),
         ("模板 template", f"`{setup.template.id}`"),
         ("方法 method", _method(config)),
         (
@@ -30,7 +32,7 @@ def model_card(setup: Setup, results: dict[str, Any]) -> str:
             f"{config.learning_rate:g} ({config.lr_scheduler_type}, warm-up {plan.warmup_steps})",
         ),
         ("每步 each step", _step(plan)),
-        ("步数 steps", f"{results['steps']:,} ({results['epochs']:g} epochs)"),
+        ("步数 steps", f"{results['steps']:,}{epochs}"),
         ("精度 precision", _precision(setup)),
         ("训练损失 training loss", f"{results['train_loss_first']:.4f} → {results['train_loss_last']:.4f}"),
         ("验证损失 held-out loss", f"{eval_loss:.4f}" if eval_loss is not None else "–"),

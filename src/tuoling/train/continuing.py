@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuoling.config import Loaded, RunConfig, load_config
-from tuoling.errors import TrainingError, UsageError
+from tuoling.errors import ConfigError, TrainingError, UsageError
 from tuoling.files import read_json
 from tuoling.language import tr
 from tuoling.models.source import find_model
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NOT_TAKEN_OVER = (
     *("data", "dataset", "dataset_dir", "data_format", "columns", "max_samples", "max_steps", "recipe"),
     *("model_name_or_path", "adapter_name_or_path", "model_revision", "output_dir", "overwrite_output_dir"),
-    *("run_name", "device", "quantization_bit"),
+    *("run_name", "device", "quantization_bit", "streaming_start"),
 )
 """Keys of an older run that are not those of one that continues it: they belong to its rows, its place, its machine."""
 
@@ -126,21 +126,33 @@ def along_schedule(
     from_data_beginning: bool | None,
     epochs: float | None,
     agreed: Callable[[str], bool],
+    world_size: int | None = None,
 ) -> Start:
     """The learning-rate line goes on as if the new rows had been appended to the old ones.
 
     Its end is the old one's, or that of the new rows' own plan where that is later. from_data_beginning: None means
     from the first row, unless these are the old run's own rows. epochs: stop after so many passes over the new rows.
-    agreed: asked where more passes are left than `num_train_epochs` says. Raises TrainingError where no step is left.
+    agreed: asked where more passes are left than `num_train_epochs` says. world_size: processes that will train, where
+    they are still to be started. Raises TrainingError where no step is left.
     """
     assert found.schedule is not None and found.checkpoint is not None
     config, step = found.loaded.config, found.schedule.step
+    if config.streaming_start:
+        raise ConfigError(
+            tr(
+                "--keep-schedule counts the passes over the new rows, which streaming_start does not wait for",
+                "--keep-schedule 要数清在新数据上训练多少轮，而 streaming_start 不等全部数据",
+            ),
+            where="streaming_start=true",
+            remedy="streaming_start=false",
+        )
     if found.schedule.away is not None:
         say(_found_in_the_log(found.schedule))
-    alone = prepare(config, say=say)
+    alone = prepare(config, say=say, world_size=world_size)
     total = max(found.schedule.total_steps, alone.plan.total_steps)
     same_rows = found.record is not None and "data" in found.record and not changes(found.record, alone)
     beginning = not same_rows if from_data_beginning is None else from_data_beginning
+    assert alone.plan.epochs is not None
     per_epoch = alone.plan.total_steps / alone.plan.epochs
     stop = None if epochs is None else min(total, step + math.ceil(epochs * per_epoch))
     left = (stop or total) - step

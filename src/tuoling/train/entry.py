@@ -92,11 +92,12 @@ def continue_from(
     agreed: Callable[[str], bool] = lambda said: False,
     say: Callable[[str], None] | None = None,
     show_plan: Callable[[Setup], None] | None = None,
-    nproc: int = 1,
+    launch: Launch | None = None,
 ) -> RunResult:
     """Begin a new run from old weights on rows of its own (`tuoling continue`). words: key=value; flags: config keys.
 
-    keep_schedule and the arguments below it: see `continuing.along_schedule`. Raises TuolingError.
+    keep_schedule and the arguments below it: see `continuing.along_schedule`. launch: what is to be started.
+    Raises TuolingError.
     """
     environment.quiet_libraries()
     from tuoling.train.continuing import along_schedule, fresh, from_weights
@@ -107,12 +108,18 @@ def continue_from(
     found = from_weights(str(source), words, flags, base=base, keep_schedule=keep_schedule)
     for line in found.loaded.notes:
         say(line)
+    launch = (launch or Launch()).checked()
     start = fresh(found)
     if keep_schedule:
         start = along_schedule(
-            found, say=say, from_data_beginning=from_data_beginning, epochs=epochs, agreed=agreed
+            found,
+            say=say,
+            from_data_beginning=from_data_beginning,
+            epochs=epochs,
+            agreed=agreed,
+            world_size=None if launch.alone else launch.world_size,
         )
     config, notes = found.loaded.config, found.loaded.notes
-    if nproc == 1:
+    if launch.alone:
         return run(config, notes=notes, say=say, show_plan=show_plan, start=start)
-    return train_on(Launch(nproc=nproc), config, notes=notes, say=say, show_plan=show_plan, start=start)
+    return train_on(launch, config, notes=notes, say=say, show_plan=show_plan, start=start)

@@ -12,6 +12,7 @@ from tuoling.language import tr
 from tuoling.train.card import model_card
 from tuoling.train.checkpoint import POSITION, SaveWeights
 from tuoling.train.progress import Progress, results_of, trainer_state
+from tuoling.train.run_folder import data_record
 
 if TYPE_CHECKING:
     from tuoling.train.prepare import Setup
@@ -50,7 +51,9 @@ def finish(
     merged = run.add_results(results)
     with files.atomic_write(run.path / "README.md") as file:
         file.write(model_card(setup, merged))
-    run.set_status(status, results=results)
+    # of rows that were made meanwhile all are counted only now
+    counted = {"data": data_record(setup)} if setup.streamed is not None else {}
+    run.set_status(status, results=results, **counted)
     if setup.config.plot_loss:
         from tuoling.plots import loss_plot, read_history
 

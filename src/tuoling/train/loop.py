@@ -40,11 +40,11 @@ from tuoling.train.progress import (
 )
 from tuoling.train.ranks import Ranks, join
 from tuoling.train.resume import Start, check_probe, optimizer_state, source_of
-from tuoling.train.rows import Rows
+from tuoling.train.rows import Rows, store_notes
 from tuoling.train.run_folder import RunFolder, claim, folder_of, manifest, reserved
 from tuoling.train.run_lock import locked
 from tuoling.train.saving import Saves
-from tuoling.train.steps import Steps, make_steps
+from tuoling.train.steps import Steps, rows_come
 from tuoling.train.weights import WeightSaver, make_trainable
 
 if TYPE_CHECKING:
@@ -137,6 +137,9 @@ def _train_in(
         with Interrupt() as interrupt:
             done = fit(setup, run, parts, interrupt, start)
             parts.fast.uninstall()
+            if setup.streamed is not None and not setup.plan.rows_known:
+                for line in store_notes(setup.report):
+                    say(line)
             whole = is_whole(done, setup)
             status = "finished" if whole else "interrupted"
             results = _finish(run, setup, parts, done, status, say)
@@ -216,7 +219,7 @@ def fit(
     config, plan, start = setup.config, setup.plan, start or Start()
     done, ranks = start.progress(), parts.engine.ranks
     began_at = done.step
-    steps = make_steps(config, setup.train.lengths, ranks.world_size, setup.laid_for, setup.offset, setup.mix)
+    steps = setup.steps(ranks.world_size)
 
     def stop() -> bool:
         return ranks.any(interrupt.asked)
@@ -239,6 +242,8 @@ def fit(
             note_evaluation(done, config, row)
             improved(done, config, row)
         while done.step < plan.total_steps and not done.stopped_early and not stop():
+            if setup.streamed is not None and not rows_come(steps, done.step, ranks, stop):
+                break
             began = time.perf_counter()
             rate = plan.learning_rate(done.step, config)
             set_learning_rate(parts.optimizer, rate)

@@ -54,7 +54,8 @@ class Plan:
     fill: float | None
     total_rows: int
     total_steps: int
-    epochs: float
+    epochs: float | None
+    """None where the rows are still being made."""
     warmup_steps: int
     save_steps: int
     eval_steps: int
@@ -78,6 +79,8 @@ class Plan:
     """Where the learning rate's line ends; `total_steps` where the run goes to its end."""
     checkpoint_bytes: int = 0
     """Of one checkpoint."""
+    rows_known: bool = True
+    """False where training begins on the first rows (`streaming_start`): rows and tokens are those so far."""
     mix: tuple[MixPart, ...] = ()
     """What an epoch takes of each source. `rows` and `tokens` are then those of an epoch."""
 
@@ -105,19 +108,20 @@ class Plan:
         """(label, value) pairs for people."""
         share = 100 * self.trainable / max(1, self.parameters)
         shared = [(tr("shared prefixes", "共享前缀"), self._sharing())] if self.shared_rows else []
+        so_far = "" if self.rows_known else tr(" so far", "（目前）")
         return [
             (
                 tr("rows", "训练数据"),
                 tr(
-                    f"{self.rows:,} (+ {self.eval_rows:,} held out)",
-                    f"{self.rows:,} 条（另留 {self.eval_rows:,} 条验证）",
+                    f"{self.rows:,}{so_far} (+ {self.eval_rows:,} held out)",
+                    f"{self.rows:,} 条{so_far}（另留 {self.eval_rows:,} 条验证）",
                 ),
             ),
             (
                 tr("tokens", "token 数"),
                 tr(
-                    f"{self.tokens:,}, of which {self.learned_tokens:,} are learned",
-                    f"{self.tokens:,}，其中学习 {self.learned_tokens:,}",
+                    f"{self.tokens:,}{so_far}, of which {self.learned_tokens:,} are learned",
+                    f"{self.tokens:,}{so_far}，其中学习 {self.learned_tokens:,}",
                 ),
             ),
             *shared,
@@ -126,8 +130,8 @@ class Plan:
             (
                 tr("steps", "总步数"),
                 tr(
-                    f"{self._steps_taken()} = {self.epochs:g} epochs, {self.warmup_steps:,} of warm-up",
-                    f"{self._steps_taken()}（{self.epochs:g} 轮），预热 {self.warmup_steps:,} 步",
+                    f"{self._steps_taken()}{self._epochs()}, {self.warmup_steps:,} of warm-up",
+                    f"{self._steps_taken()}{self._epochs()}，预热 {self.warmup_steps:,} 步",
                 ),
             ),
             (
@@ -156,6 +160,11 @@ class Plan:
         if not self.first_step:
             return taken
         return f"{taken} ({self.first_step:,} → {self.total_steps:,} / {self.schedule_steps:,})"
+
+    def _epochs(self) -> str:
+        if self.epochs is None:
+            return tr(" (max_steps; how many epochs is not known yet)", "（max_steps；还不知道是多少轮）")
+        return tr(f" = {self.epochs:g} epochs", f"（{self.epochs:g} 轮）")
 
     def _each_step(self) -> str:
         tokens = f"{self.tokens_per_step:,.0f}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tuoling.config import RunConfig
     from tuoling.data.mix import Mix
+    from tuoling.data.token_store import TokenStore
     from tuoling.models.licence import Part
     from tuoling.train.memory import MemoryEstimate, ModelSize
 
@@ -39,19 +40,22 @@ def make_plan(
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
     mix: Mix | None = None,
+    store: TokenStore | None = None,
 ) -> Plan:
     """Count steps and the disk they take.
 
-    lengths, learned: [rows], tokens and learned tokens of each training row.
+    lengths, learned: [rows], tokens and learned tokens of each training row. store: where these are the first rows of
+    it, and the others may still be made.
     Every row is seen exactly `num_train_epochs` times; only the very last step may hold fewer rows. shared_rows and
     shared_tokens are those of rows computed inside others, and not counted elsewhere.
     """
     rows = _rows_of_an_epoch(lengths, mix, world_size)
-    laid = make_steps(config, lengths, world_size, laid_for, offset, mix)
-    figures, budget, steps = look_at(laid, lengths), laid.max_tokens, laid.total
+    laid = make_steps(config, lengths, world_size, laid_for, offset, mix, store)
+    figures, budget, steps = look_at(laid, lengths, store), laid.max_tokens, laid.total
     schedule = offset.total_steps or steps
     largest = largest_micro_batch_tokens(lengths, rows_at_once=laid.rows_at_once, max_tokens=budget)
     warmup = math.ceil(config.warmup_ratio * schedule) if config.warmup_steps is None else config.warmup_steps
+    known = store is None or store.whole
     save_steps = _interval(config.save_steps, laid.per_epoch, steps)
     disk, checkpoint = _disk_bytes(config, size, steps, save_steps)
     return Plan(
@@ -70,7 +74,8 @@ def make_plan(
         fill=round(figures.fill, 4) if figures.fill is not None else None,
         total_rows=laid.total_rows,
         total_steps=steps,
-        epochs=round(laid.total_rows / rows, 4),
+        epochs=round(laid.total_rows / rows, 4) if known else None,
+        rows_known=known,
         warmup_steps=warmup,
         save_steps=save_steps,
         eval_steps=_interval(config.eval_steps, laid.per_epoch, steps),

@@ -34,8 +34,8 @@ from tuoling.train.optim import require_optimizer
 from tuoling.train.parallel import require_engine, require_trackers
 from tuoling.train.plan import Plan
 from tuoling.train.planning import make_plan
-from tuoling.train.rows import Rows, Say, compile_rows, hold_out, mix_of, sharing_note
-from tuoling.train.steps import FROM_THE_BEGINNING, Offset
+from tuoling.train.rows import Rows, Say, begin_rows, compile_rows, hold_out, mix_of, sharing_note
+from tuoling.train.steps import FROM_THE_BEGINNING, Offset, Steps, make_steps
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
@@ -68,6 +68,29 @@ class Setup:
     watched: Rows | None = None
     """Rows whose loss is measured before and after, and that are not trained."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def streamed(self) -> TokenStore | None:
+        """The training rows' store where the run began before all of them were there."""
+        return self.train.store if self.config.streaming_start else None
+
+    def steps(self, world_size: int) -> Steps:
+        """The rows of every step, for so many processes."""
+        return make_steps(
+            self.config,
+            self.train.lengths,
+            world_size,
+            self.laid_for,
+            self.offset,
+            self.mix,
+            store=self.streamed,
+        )
+
+    def epochs(self, rows_seen: int) -> float | None:
+        """How many epochs so many rows are; None while nobody knows how long one is."""
+        if self.plan.rows_known:
+            return round(rows_seen / self.plan.rows, 4)
+        return round(rows_seen / len(self.train), 4) if self.train.store.whole else None
 
     def fingerprint(self) -> str:
         """The same in all processes that may train together."""
@@ -137,6 +160,7 @@ def prepare(
         laid_for=laid_for,
         offset=offset,
         mix=rows.mix,
+        store=train.store if config.streaming_start else None,
         fitting=_fitting(config, memory, shape, train.lengths, size, source, dtype, device),
     )
     return Setup(
@@ -207,10 +231,16 @@ def _read_rows(config: RunConfig, tokenizer: TextTokenizer, template: Template, 
         store, report = compile_rows(config, files, names, tokenizer, template, say)
         return Rows(store, np.arange(len(store))), report
 
-    alone, report = all_of(config.data, config.dataset)
+    alone: Rows
     held_out: Rows | None
+    if config.streaming_start:
+        alone, report = begin_rows(config, tokenizer, template, say)
+    else:
+        alone, report = all_of(config.data, config.dataset)
     if config.eval_data or config.eval_dataset:
         held_out, _ = all_of(config.eval_data, config.eval_dataset)
+    elif config.streaming_start:
+        held_out = None
     else:
         alone, held_out = hold_out(alone.store, config.val_rows(len(alone)), config.seed)
     watched = all_of(config.watch_data, ())[0] if config.watch_data else None

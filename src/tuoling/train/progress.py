@@ -69,7 +69,7 @@ def note_step(done: Progress, setup: Setup, step: StepResult, rate: float, took:
     done.last_loss = loss
     return {
         "step": done.step,
-        "epoch": round(done.rows_seen / setup.plan.rows, 4),
+        "epoch": setup.epochs(done.rows_seen),
         "loss": loss,
         "learning_rate": rate,
         "grad_norm": step.grad_norm,
@@ -175,7 +175,7 @@ def trainer_state(run: RunFolder, setup: Setup, done: Progress) -> str:
     return run.trainer_state(
         step=done.step,
         total_steps=setup.plan.schedule_steps,
-        epoch=round(done.rows_seen / setup.plan.rows, 4),
+        epoch=setup.epochs(done.rows_seen),
         best=done.best,
     )
 
@@ -193,7 +193,7 @@ def results_of(done: Progress, setup: Setup) -> dict[str, Any]:
         "steps": done.step,
         **({"stopped_early": True} if done.stopped_early else {}),
         **watched(done),
-        "epochs": round(done.rows_seen / setup.plan.rows, 4),
+        "epochs": setup.epochs(done.rows_seen),
         "seconds": round(done.seconds, 3),
         "checkpoint_stall_s": round(done.stall_s, 3),
         "tokens_per_s": round(done.timed_tokens / done.seconds, 1) if done.seconds else None,

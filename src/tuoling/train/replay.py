@@ -18,7 +18,6 @@ from tuoling.train.optim import set_learning_rate
 from tuoling.train.prepare import Setup, prepare
 from tuoling.train.resume import Start, changes, differences, read_run, start_of
 from tuoling.train.run_folder import RunFolder
-from tuoling.train.steps import make_steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +81,7 @@ def _steps(
     setup: Setup, parts: Parts, start: Start, logged: Mapping[int, Mapping[str, Any]], wanted: Sequence[int]
 ) -> tuple[int, str, float, float] | None:
     """Take the steps up to the last wanted one. Returns the first difference."""
-    steps = make_steps(setup.config, setup.train.lengths, 1, setup.laid_for, setup.offset, setup.mix)
+    steps = setup.steps(1)
     parts.model.train()
     with console.progress() as bar:
         task = bar.add_task(tr("replaying", "重放中"), total=len(wanted), detail="")

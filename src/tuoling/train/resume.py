@@ -255,7 +255,9 @@ def changes(record: Mapping[str, Any], setup: Setup) -> list[tuple[str, str]]:
     """(what, how) of data, template and base that is no longer as run.json says."""
     found: list[tuple[str, str]] = []
     then, now_ = record["data"], data_hashes(setup)
-    if then.get("examples_sha256") != now_["examples_sha256"]:
+    hashes = then.get("examples_sha256"), now_["examples_sha256"]
+    same = then.get("parts") == now_["parts"] if None in hashes else hashes[0] == hashes[1]
+    if not same:
         parts = [name for name, value in now_["parts"].items() if then.get("parts", {}).get(name) != value]
         rows = [name for name, value in now_["files"].items() if then.get("files", {}).get(name) != value]
         gone = [name for name in then.get("files", {}) if name not in now_["files"]]

@@ -13,8 +13,10 @@ import numpy as np
 
 from tuoling import console, environment, files
 from tuoling.data.duplicates import first_of_equal
+from tuoling.data.growing_store import GrowingStore
 from tuoling.data.mix import Mix, make_mix
 from tuoling.data.prefixes import SharedPrefixes, share_prefixes
+from tuoling.data.shard_compiler import Job
 from tuoling.data.sources import resolve_sources
 from tuoling.data.store import Example, StoreReport, StoreSettings, TokenStore, compile_store
 from tuoling.errors import DataError
@@ -69,18 +71,35 @@ class Rows:
         return Rows(self.store, shared.hosts, shared)
 
 
-def compile_rows(
+@dataclass(frozen=True)
+class RowsSoFar(Rows):
+    """The rows of a store that is still being made, in its order. One that is not there yet is waited for."""
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, position: int) -> Example:
+        return self.store[position]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row so far."""
+        return np.asarray(self.store.lengths)
+
+    @property
+    def learned(self) -> np.ndarray:
+        """Learned tokens of each row so far."""
+        return np.asarray(self.store.learned)
+
+
+def _job(
     config: RunConfig,
     data: Sequence[str],
     names: Sequence[str],
     tokenizer: TextTokenizer,
     template: Template,
-    say: Say,
-) -> tuple[TokenStore, StoreReport]:
-    """The token store of the rows that `data` (files, folders, hub ids) and `names` (of the registry) name.
-
-    Says what became of them. Raises DataError for rows that cannot be trained on.
-    """
+) -> Job:
+    """What is compiled, and how the config wants it."""
     sources = resolve_sources(
         data,
         dataset_dir=config.dataset_dir,
@@ -99,20 +118,36 @@ def compile_rows(
         allow_bad=config.allow_bad,
         max_samples=config.max_samples,
     )
+    return Job(tuple(sources), tokenizer, template, settings)
+
+
+def compile_rows(
+    config: RunConfig,
+    data: Sequence[str],
+    names: Sequence[str],
+    tokenizer: TextTokenizer,
+    template: Template,
+    say: Say,
+) -> tuple[TokenStore, StoreReport]:
+    """The token store of the rows that `data` (files, folders, hub ids) and `names` (of the registry) name.
+
+    Says what became of them. Raises DataError for rows that cannot be trained on.
+    """
+    job = _job(config, data, names, tokenizer, template)
     cache = environment.cache_dir() / "tokens"
     files.require_writable(cache)
     with console.progress() as bar, _in_turn(cache):
         task = bar.add_task(tr("reading rows", "读取数据"), total=None, detail="")
         store, report = compile_store(
-            sources,
+            job.sources,
             tokenizer=tokenizer,
             template=template,
-            settings=settings,
+            settings=job.settings,
             cache_dir=cache,
             progress=lambda rows: bar.update(task, completed=rows),
             workers=config.data_workers,
         )
-    for line in _store_notes(report):
+    for line in store_notes(report):
         say(line)
     if len(store) == 0:
         raise DataError(
@@ -144,7 +179,42 @@ def _in_turn(cache: Path) -> AbstractContextManager[object]:
     return FileLock(cache / "ranks.lock")
 
 
-def _store_notes(report: StoreReport) -> list[str]:
+def begin_rows(
+    config: RunConfig, tokenizer: TextTokenizer, template: Template, say: Say
+) -> tuple[Rows, StoreReport]:
+    """The training rows as soon as the first of them are there; a process of its own compiles the rest.
+
+    All of them where that cannot be: rows of a hub, a tokenizer that stays in its process.
+    """
+    job = _job(config, config.data, config.dataset, tokenizer, template)
+    if not tokenizer.portable or any(source.hub is not None for source in job.sources):
+        say(
+            tr(
+                "streaming_start: these rows are all compiled first (a hub's rows, or a tokenizer without a fast form)",
+                "streaming_start：这些数据要先全部编译（来自模型库，或分词器没有快速版本）",
+            )
+        )
+        store, report = compile_rows(config, config.data, config.dataset, tokenizer, template, say)
+        return Rows(store, np.arange(len(store))), report
+    cache = environment.cache_dir() / "tokens"
+    files.require_writable(cache)
+    with _in_turn(cache):
+        growing = GrowingStore(job, cache, config.data_workers)
+        growing.wait(1)
+    if growing.whole:
+        for line in store_notes(growing.report):
+            say(line)
+    else:
+        say(
+            tr(
+                f"streaming_start: the first {len(growing):,} rows are there; the others are compiled while training",
+                f"streaming_start：前 {len(growing):,} 条已就绪，其余的边训练边编译",
+            )
+        )
+    return RowsSoFar(growing, np.empty(0, np.int64)), growing.report
+
+
+def store_notes(report: StoreReport) -> list[str]:
     """What became of the rows: formats, what was dropped or cut, whether the store was there already."""
     formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
     lines = [tr(f"rows: {report.rows:,} ({formats})", f"数据：{report.rows:,} 条（{formats}）")]

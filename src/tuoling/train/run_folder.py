@@ -137,7 +137,7 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
             "why": setup.template_reason,
             "stops": list(setup.template.stops),
         },
-        "data": {"key": setup.train.store.key, **setup.report.facts(), **data_hashes(setup)},
+        "data": data_record(setup),
         "held_out": None
         if setup.held_out is None
         else {"key": setup.held_out.store.key, "rows": len(setup.held_out)},
@@ -154,16 +154,25 @@ def manifest(setup: Setup, versions: dict[str, str], machine: dict[str, Any]) ->
     }
 
 
-def data_hashes(setup: Setup) -> dict[str, Any]:
-    """What decides the examples, by name; every file of rows; and the examples themselves, whatever made them."""
+def data_record(setup: Setup) -> dict[str, Any]:
+    """What run.json says of the rows; `whole`: whether all of them have been counted."""
     store = setup.train.store
-    made = files.read_json(store.path / files.MANIFEST)
+    return {"key": store.key, **setup.report.facts(), "whole": store.whole, **data_hashes(setup)}
+
+
+def data_hashes(setup: Setup) -> dict[str, Any]:
+    """What decides the examples, by name; every file of rows; and the examples themselves, whatever made them.
+
+    Of rows that are still being made the last is None: what decides them tells them apart.
+    """
+    store = setup.train.store
+    made = files.read_json(store.path / files.MANIFEST) if store.whole else {}
     contents = {name: entry["sha256"] for name, entry in sorted(made.items()) if name.endswith(".bin")}
     places = {str(Path(path).resolve()): path for path in store.meta["paths"]}
     return {
         "parts": store.meta["parts"],
         "files": {name: files.sampled_sha256(path) for name, path in places.items() if Path(path).is_file()},
-        "examples_sha256": files.sha256_text(repr(contents)),
+        "examples_sha256": files.sha256_text(repr(contents)) if store.whole else None,
     }
 
 
@@ -217,7 +226,9 @@ class RunFolder:
         with files.told(path), path.open("a", encoding="utf-8") as file:
             yield file
 
-    def trainer_state(self, *, step: int, total_steps: int, epoch: float, best: dict[str, Any] | None) -> str:
+    def trainer_state(
+        self, *, step: int, total_steps: int, epoch: float | None, best: dict[str, Any] | None
+    ) -> str:
         """transformers' trainer_state.json, as text, so that other people's plotters work."""
         state = {
             "best_metric": best["eval_loss"] if best else None,

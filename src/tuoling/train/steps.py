@@ -7,17 +7,22 @@ tokens. Nothing is kept between steps: step 1,000 can be asked for first.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tuoling.data.batches import PackedOrder, lay, split_over_ranks
+from tuoling.data.growing_store import POLL_S
 from tuoling.data.mix import Mix, order_of
-from tuoling.data.sampler import SampleOrder
+from tuoling.data.sampler import SampleOrder, ShardOrder
 
 if TYPE_CHECKING:
     from tuoling.config import RunConfig
+    from tuoling.data.token_store import TokenStore
+    from tuoling.train.ranks import Ranks
 
 LOOKED_AT_ROWS = 200_000
 
@@ -40,7 +45,11 @@ FROM_THE_BEGINNING = Offset()
 
 
 class RowSteps:
-    """Steps of so many rows, over all ranks. Only the last one may hold fewer."""
+    """Steps of so many rows, over all ranks. Only the last one may hold fewer.
+
+    store: of a run that begins before all of its rows are there. How long an epoch is does not matter to it then: it
+    takes `max_steps` steps, and what is done at the end of each epoch is done at the end of the run.
+    """
 
     def __init__(
         self,
@@ -51,32 +60,38 @@ class RowSteps:
         *,
         world_size: int,
         offset: Offset,
+        store: TokenStore | None = None,
     ) -> None:
         rows = order.num_rows
-        self._size = min(rows, rows_per_step)
+        self._size = rows_per_step if store is not None else min(rows, rows_per_step)
         self.rows_per_step: int | None = self._size
         self.max_tokens = config.max_tokens_per_batch
         # with a budget, tokens alone decide how many rows share a forward
         self.rows_at_once = self._size
         if self.max_tokens is None and config.per_device_train_batch_size is not None:
             self.rows_at_once = min(self._size, config.per_device_train_batch_size)
-        self.per_epoch = math.ceil(rows / self._size)
+        self.per_epoch = config.max_steps if store is not None else math.ceil(rows / self._size)
         self.total_rows = config.max_steps * self._size if config.max_steps > 0 else whole_rows(config, rows)
         self.total = math.ceil(self.total_rows / self._size)
         self.first, self._row = offset.step, offset.row
         if offset.total_steps is not None:
             self.total = offset.stop or offset.total_steps
             self.total_rows = (self.total - self.first) * self._size
-        self._lengths, self.world_size, self._order = lengths, world_size, order
+        self._lengths, self.world_size, self._order, self._store = lengths, world_size, order, store
+
+    def ready(self, step: int) -> bool:
+        """Whether the rows of `step` (from 0) are there."""
+        return self._store is None or self._store.ready(self._row + (step + 1 - self.first) * self._size)
 
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
         begin = (step - self.first) * self._size
         end = min(begin + self._size, self.total_rows)
         rows = self._order.rows(self._row + begin, self._row + end)
-        share = split_over_ranks(self._lengths[rows], self.world_size)[rank]
+        lengths = self._lengths if self._store is None else self._store.lengths
+        share = split_over_ranks(lengths[rows], self.world_size)[rank]
         mine = [rows[position] for position in share]
-        laid = lay(self._lengths[mine], rows_at_once=self.rows_at_once, max_tokens=self.max_tokens)
+        laid = lay(lengths[mine], rows_at_once=self.rows_at_once, max_tokens=self.max_tokens)
         return [[mine[position] for position in positions] for positions in laid]
 
 
@@ -118,6 +133,10 @@ class PackSteps:
         self.total_rows = self._packs.rows_before(self._end) - self._packs.rows_before(self._begin)
         self._lengths, self.world_size = lengths, world_size
 
+    def ready(self, step: int) -> bool:
+        """Whether the rows of `step` (from 0) are there."""
+        return True
+
     def micro_batches(self, step: int, rank: int = 0) -> list[list[int]]:
         """The rows of each micro-batch that `rank` computes in `step` (from 0)."""
         begin = self._begin + (step - self.first) * self._size
@@ -136,18 +155,34 @@ def make_steps(
     laid_for: int | None = None,
     offset: Offset = FROM_THE_BEGINNING,
     mix: Mix | None = None,
+    store: TokenStore | None = None,
 ) -> Steps:
-    """The steps of a run over rows of these lengths.
+    """The steps of a run over rows of these lengths, or over those of `store` as they come.
 
     laid_for: processes whose batches make a step, where a run goes on with another number than it began with: its
     steps, their rows and the schedule stay what they were.
     """
     laid_for = world_size if laid_for is None else laid_for
-    order = order_of(len(lengths), config.seed, mix)
     rows_per_step = config.rows_per_step(laid_for)
+    if store is not None:
+        assert rows_per_step is not None and config.max_steps > 0
+        shards = ShardOrder(store, config.seed)
+        return RowSteps(
+            config, lengths, rows_per_step, shards, world_size=world_size, offset=offset, store=store
+        )
+    order = order_of(len(lengths), config.seed, mix)
     if rows_per_step is None:
         return PackSteps(config, lengths, order, world_size=world_size, laid_for=laid_for, offset=offset)
     return RowSteps(config, lengths, rows_per_step, order, world_size=world_size, offset=offset)
+
+
+def rows_come(steps: Steps, step: int, ranks: Ranks, stop: Callable[[], bool]) -> bool:
+    """Wait until every rank has the rows of a step. False where the user stops it meanwhile."""
+    while ranks.any(not steps.ready(step)):
+        if stop():
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def whole_rows(config: RunConfig, rows: int) -> int:
@@ -165,13 +200,19 @@ class StepFigures:
     fill: float | None
 
 
-def look_at(steps: Steps, lengths: np.ndarray) -> StepFigures:
-    """Lay the steps of a run and count, up to LOOKED_AT_ROWS rows. Rows longer than the budget are not in the fill."""
+def look_at(steps: Steps, lengths: np.ndarray, store: TokenStore | None = None) -> StepFigures:
+    """Lay the steps of a run and count, up to LOOKED_AT_ROWS rows. Rows longer than the budget are not in the fill.
+
+    store: of rows that are still being made. Only steps whose rows are there are looked at, and one in any case.
+    """
     tokens: list[int] = []
     counts: list[int] = []
     rows = 0
     while len(counts) < steps.total - steps.first and rows < LOOKED_AT_ROWS:
+        if counts and not steps.ready(steps.first + len(counts)):
+            break
         shares = [steps.micro_batches(steps.first + len(counts), rank) for rank in range(steps.world_size)]
+        lengths = lengths if store is None else store.lengths
         counts.append(max(map(len, shares)))
         laid = [batch for share in shares for batch in share]
         tokens.extend(int(lengths[batch].sum()) for batch in laid)

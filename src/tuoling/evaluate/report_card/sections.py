@@ -134,6 +134,8 @@ def plan_and_fact(report: Report) -> str:
     times = (forecast.get("seconds"), done.get("seconds"))
     peak = done.get("peak_cuda_gib") or done.get("peak_rss_gib")
     planned_tokens = round((plan.get("tokens") or 0) * (plan.get("epochs") or 0))
+    if plan.get("epochs") is None:  # its rows were still being made
+        planned_tokens = round((plan.get("tokens_per_step") or 0) * (plan.get("total_steps") or 0))
     rows = [
         (both("步数", "steps"), number(plan.get("total_steps")), number(done.get("steps"))),
         (both("轮数", "epochs"), number(plan.get("epochs")), number(done.get("epochs"))),
