@@ -86,7 +86,7 @@ def ours(args: argparse.Namespace) -> None:
         settings=StoreSettings(max_seq_len=1024, overlong="drop"),
         cache_dir=Path(args.child_cache),
         workers=args.workers,
-        progress=lambda rows: print(json.dumps({"rows_so_far": rows}), file=sys.stderr),
+        progress=lambda rows: print(json.dumps({"rows_so_far": rows}) + "\n", end="", file=sys.stderr),
     )
     seconds = time.perf_counter() - started
     digest = hashlib.sha256((store.path / MANIFEST).read_bytes()).hexdigest()
