@@ -1,9 +1,10 @@
 """Seconds a block and peak memory of GPTQ at a model's real shape, with random weights.
 
-python benchmarks/gptq.py                                   bloom-560m's shape: 24 blocks of 1024, 250,880 words
+python benchmarks/gptq.py [--write]                         bloom-560m's shape: 24 blocks of 1024, 250,880 words
 python benchmarks/gptq.py --shape llama --layers 4 --hidden 2048 --rows 64 --bits 4
 
-Random weights take as long as trained ones. Rows are random ids too, `--tokens` of them a row.
+Random weights take as long as trained ones. Rows are random ids too, `--tokens` of them a row. `--write` leaves
+gptq.json beside this file.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the model and the work go, else a temporary folder"
     )
+    parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         folder = Path(place)
@@ -105,24 +107,22 @@ def main() -> None:
             folder,
         )
         size = sum(info.size_bytes for info in open_weights(folder / "made").infos.values())
-        print(
-            json.dumps(
-                {
-                    "shape": f"{asked.shape} {asked.layers} x {asked.hidden}, {asked.words:,} words",
-                    "bits": asked.bits,
-                    "calibration_tokens": asked.rows * asked.tokens,
-                    "linear_layers": len(layers),
-                    "seconds_per_block": round(answer["seconds"] / asked.layers, 2),
-                    "seconds": round(time.perf_counter() - began, 1),
-                    "peak_rss_gib": round(answer["peak_rss_gib"], 2),
-                    "weights_gib": round(sum(info.size_bytes for info in stored.values()) / 2**30, 2),
-                    "quantised_gib": round(size / 2**30, 2),
-                    "machine": environment.machine(),
-                    "versions": environment.versions(),
-                },
-                indent=2,
-            )
-        )
+        found = {
+            "shape": f"{asked.shape} {asked.layers} x {asked.hidden}, {asked.words:,} words",
+            "bits": asked.bits,
+            "calibration_tokens": asked.rows * asked.tokens,
+            "linear_layers": len(layers),
+            "seconds_per_block": round(answer["seconds"] / asked.layers, 2),
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_rss_gib": round(answer["peak_rss_gib"], 2),
+            "weights_gib": round(sum(info.size_bytes for info in stored.values()) / 2**30, 2),
+            "quantised_gib": round(size / 2**30, 2),
+            "machine": environment.machine(),
+            "versions": environment.versions(),
+        }
+    print(json.dumps(found, indent=2))
+    if asked.write:
+        write_json(Path(__file__).with_suffix(".json"), found, indent=2)
 
 
 if __name__ == "__main__":
