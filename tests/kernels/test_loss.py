@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tuoling.kernels import loss
 from tuoling.kernels.loss import Extras, linear_cross_entropy, reference_cross_entropy, supervised
 
 
@@ -59,6 +60,40 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     total, _ = linear_cross_entropy(hidden, weight, labels)
     total.backward()
     assert weight.grad is None and hidden.grad.any()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_of_a_frozen_head_are_made_in_chunks_that_stay_in_the_cache(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 positions where 200 would fit, and the same sum and gradient; a trained head keeps its large chunks."""
+    monkeypatch.setattr(loss, "CACHED_BYTES", 4 * 64 * 50)
+    monkeypatch.setattr(loss, "CACHED_ROWS", 16)
+    hidden, weight, _, labels = draw(200, 8, 50)
+    weight.requires_grad_(trained)
+    rows: list[int] = []
+    made = loss._Scratch.logits
+
+    def logits(self: loss._Scratch, part: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(part))
+        return made(self, part, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss._Scratch, "logits", logits)
+    total, _ = linear_cross_entropy(hidden, weight, labels)
+    assert rows == ([200] if trained else [64, 64, 64, 8])
+    expected = reference_cross_entropy(hidden, weight, labels)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    (mine,) = torch.autograd.grad(total, hidden)
+    (true,) = torch.autograd.grad(expected, hidden)
+    assert (mine - true).norm() <= 2e-6 * true.norm()
+
+
+def test_many_words_keep_chunks_of_whole_tiles() -> None:
+    """250,880 words in bf16: 256 positions, as many as the large budget holds."""
+    assert (
+        loss._rows_of_chunk(torch.empty(250_880, 1).bfloat16(), loss.cached_chunk_bytes(2 * 250_880)) == 256
+    )
+    assert loss._rows_of_chunk(torch.empty(50_432, 1).bfloat16(), loss.cached_chunk_bytes(2 * 50_432)) == 288
 
 
 @pytest.mark.parametrize("chunk_bytes, allowed", [(2**28, 1.5), (120_000, 2.5)])

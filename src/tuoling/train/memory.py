@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tuoling import environment
 from tuoling.errors import TrainingError
-from tuoling.kernels.loss import BLOCK_BYTES, CHUNK_BYTES
+from tuoling.kernels.loss import BLOCK_BYTES, CHUNK_BYTES, cached_chunk_bytes
 from tuoling.language import tr
 from tuoling.models.quantization import Quantization
 
@@ -148,7 +149,9 @@ def gradient_bytes(config: RunConfig, size: ModelSize) -> int:
 def loss_bytes(config: RunConfig, size: ModelSize, tokens: int, dtype: str) -> int:
     """One chunk of logits, two float32 blocks, the hidden states and their gradient; the head where it is cast."""
     width = 4 if dtype == "fp32" else 2
-    chunk = min(CHUNK_BYTES, tokens * size.vocab * width)
+    cached = config.finetuning_type == "lora" and environment.pick_device(config.device) == "cpu"
+    budget = cached_chunk_bytes(size.vocab * width) if cached else CHUNK_BYTES
+    chunk = min(budget, tokens * size.vocab * width)
     blocks = 2 * min(BLOCK_BYTES, tokens * size.vocab * 4)
     cast = size.head * 2 if config.finetuning_type == "full" and dtype != "fp32" else 0
     return chunk + blocks + 2 * tokens * size.hidden * width + cast
