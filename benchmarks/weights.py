@@ -1,8 +1,9 @@
-"""Time and memory of converting, merging and writing GGUF, at any shape, up to a LLaMA 7B of 13.5 GB.
+"""Time and memory of converting, merging, pruning, diffs and writing GGUF, at any shape, up to a LLaMA 7B of 13.5 GB.
 
     python benchmarks/weights.py                                   small, in a minute: is everything in its place
     python benchmarks/weights.py --shape llama-7b --work DIR       13.5 GB a copy; needs three copies of disk
     python benchmarks/weights.py --shape llama-7b --work DIR --steps build,meta,huggingface
+    python benchmarks/weights.py --shape llama-1b --work DIR --steps build,prune,diff,patch,diff-xor,patch-xor
     python benchmarks/weights.py ... --write                       add the rows to weights.json and weights.md
 
 The checkpoint is random, and made tensor by tensor. Each step is the real command in a process of its own, which
@@ -21,125 +22,21 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.random_llama import SHAPES, Shape, adapter, build  # noqa: E402
+
 MB = 1_000_000
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a LLaMA."""
-
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    wide: int
-    words: int
-
-    def config(self, dtype: str) -> dict[str, Any]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": self.dim,
-            "intermediate_size": self.wide,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.words,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "dtype": dtype,
-        }
-
-
-SHAPES = {
-    "llama-7b": Shape(4096, 32, 32, 32, 11008, 32000),
-    "llama-1b": Shape(2048, 16, 32, 8, 8192, 32000),
-    "llama-300mb": Shape(1024, 11, 16, 16, 2816, 8000),
-    "small": Shape(256, 4, 8, 4, 704, 2000),
-}
-
-STEPS = ("build", "meta", "huggingface", "reshard", "merge", "gguf", "gguf-q8_0")
-
-
-def build(folder: Path, shape: Shape, dtype: str = "float16", seed: int = 0) -> Path:
-    """A random Hugging Face folder, every tensor drawn, written and dropped before the next."""
-    import torch
-
-    from tuoling.weights.meta_layout import llama_shapes
-    from tuoling.weights.safetensors_writer import SafetensorsWriter
-    from tuoling.weights.tensors import TensorInfo
-
-    kind = getattr(torch, dtype)
-    config = shape.config(dtype)
-    infos = {name: TensorInfo(kind, size) for name, size in llama_shapes(config).items()}
-    chance = torch.Generator().manual_seed(seed)
-    with SafetensorsWriter(folder, infos) as writer:
-        for name, info in infos.items():
-            if len(info.shape) == 1:
-                tensor = torch.ones(info.shape, dtype=kind)
-            else:
-                tensor = torch.empty(info.shape, dtype=kind).normal_(0, 0.02, generator=chance)
-            writer.write(name, tensor)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _tokenizer(folder, shape.words)
-    return folder
-
-
-def _tokenizer(folder: Path, words: int) -> None:
-    """A byte-level BPE of `words` words: bytes, then pairs of them, so that GGUF has something to write."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(left, right) for left in letters for right in letters][: words - len(special) - len(letters)]
-    vocab = {token: index for index, token in enumerate([*special, *letters, *map("".join, pairs)])}
-    inner = Tokenizer(BPE(vocab=vocab, merges=pairs))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
-
-
-def adapter(folder: Path, base: Path, shape: Shape, rank: int = 8) -> Path:
-    """A random LoRA on every linear layer, as PEFT writes it."""
-    import torch
-    from safetensors.torch import save_file
-
-    from tuoling.weights.meta_layout import llama_shapes
-
-    torch.manual_seed(1)
-    tensors = {}
-    for name, size in llama_shapes(shape.config("float16")).items():
-        if "_proj" in name:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, size[1]) * 0.01
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(size[0], rank) * 0.01
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    targets = sorted({name.split(".")[-3] for name in tensors})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "r": rank,
-        "lora_alpha": 16,
-        "target_modules": targets,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+DIFFS = ("diff", "diff-xor", "diff-additive")
+STEPS = (
+    *("build", "meta", "huggingface", "reshard", "merge", "gguf", "gguf-q8_0", "prune"),
+    *(name for diff in DIFFS for name in (diff, diff.replace("diff", "patch"))),
+)
 
 
 def command(step: str, work: Path, shards: int) -> tuple[list[str], Path]:
@@ -155,8 +52,39 @@ def command(step: str, work: Path, shards: int) -> tuple[list[str], Path]:
         "merge": (["merge", str(work / "adapter"), str(work / "merged")], work / "merged"),
         "gguf": (["convert", str(hf), str(work / "f16.gguf"), "--outtype", "f16"], work / "f16.gguf"),
         "gguf-q8_0": (["convert", str(hf), str(work / "q8.gguf"), "--outtype", "q8_0"], work / "q8.gguf"),
+        "prune": (
+            [
+                "prune-vocab",
+                str(hf),
+                str(work / "pruned"),
+                "--keep",
+                str(work / "rows.jsonl"),
+                "--base",
+                "ascii",
+            ],
+            work / "pruned",
+        ),
     }
+    for diff in DIFFS:
+        kind = diff.removeprefix("diff").removeprefix("-") or "tuoling"
+        made, again = work / kind, work / f"{kind}-again"
+        # one file is XOR's key; the others compare folders
+        base = str(next(iter(sorted(hf.glob("*.safetensors"))), hf)) if kind == "xor" else str(hf)
+        table[diff] = (["diff", base, str(work / "target"), str(made), "--format", kind], made)
+        table[diff.replace("diff", "patch")] = (["patch", base, str(made), str(again)], again)
     return table[step]
+
+
+def prepare(step: str, work: Path, shape: Shape) -> None:
+    """What a step reads besides the model."""
+    if step == "merge" and not (work / "adapter").exists():
+        adapter(work / "adapter", work / "hf", shape)
+    if step in DIFFS and not (work / "target").exists():
+        build(work / "target", shape, seed=1, base=work / "hf")
+    if step == "prune":
+        rows = [{"instruction": f"What is {n}?", "input": "", "output": f"It is {n}."} for n in range(1000)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (work / "rows.jsonl").write_text(lines, encoding="utf-8")
 
 
 def private_bytes(pid: int) -> int:
@@ -238,20 +166,23 @@ def measure(
     largest = max(shape.words, shape.wide) * shape.dim * 2 / MB
     later = [step for step in steps if step != "build"]
     for number, step in enumerate(later):
-        if step == "merge" and not (work / "adapter").exists():
-            adapter(work / "adapter", work / "hf", shape)
+        prepare(step, work, shape)
         words, out = command(step, work, shards)
         row = {"shape": name, "step": step, **asdict(shape), "largest_mb": round(largest, 1)}
-        row |= watched(words if verify else [*words, "--no-verify"])
+        has_gate = words[0] not in ("diff", "patch")  # these compare hashes, always
+        row |= watched(words if verify or not has_gate else [*words, "--no-verify"])
         row["written_mb"] = size_mb(out)
         row["floor_mb"] = round(3 * largest + 300, 1)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        read_later = step == "meta" and {"huggingface", "reshard"} & set(later[number + 1 :])
+        readers = {"huggingface", "reshard"} if step == "meta" else {step.replace("diff", "patch")} - {step}
+        read_later = readers & set(later[number + 1 :])
         if not keep and not read_later:
             _delete(out)
         if not keep and step == "reshard" and "huggingface" not in later[number + 1 :]:
             _delete(work / "meta")
+        if not keep and step.startswith("patch"):
+            _delete(command(step.replace("patch", "diff"), work, shards)[1])
     return rows
 
 
@@ -269,7 +200,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     merged = {(row["shape"], row["step"]): row for row in [*known, *rows]}
     path.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
     lines = [
-        "# Converting, merging, GGUF: time and private memory",
+        "# Converting, merging, GGUF, pruning, diffs: time and private memory",
         "",
         "Printed by `python benchmarks/weights.py`. Private memory: RssAnon + RssShmem above the level after the",
         "imports. Floor: 3 x the largest tensor + 300 MB.",

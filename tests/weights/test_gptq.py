@@ -308,7 +308,7 @@ def require_close(found: dict[str, Any]) -> None:
     ("family", "bits", "layers"), [("bloom", 4, 8), pytest.param("llama", 8, 14, marks=pytest.mark.long)]
 )
 def test_a_model_is_quantised_and_judged(family: str, bits: int, layers: int, tmp_path: Path) -> None:
-    found = session(tmp_path, "from_rows", family, str(bits))
+    found = session(tmp_path, "gptq", family, str(bits))
     assert found["layers"] == layers and found["last_step"] == [layers, layers]
     assert found["before"] > 1
     assert found["after"] == pytest.approx(found["before"], rel=0.2 if bits == 4 else 0.02)

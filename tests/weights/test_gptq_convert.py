@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from tests.tiny import tiny_model
 from tests.weights.old_gptq import Kind, write_old_gptq
 from transformers import AutoModelForCausalLM
@@ -180,52 +178,6 @@ def test_a_folder_that_computes_something_else_does_not_stay(
     with pytest.raises(ParityError, match="logits differ"):
         convert(source, tmp_path / "out", options=ConvertOptions(base=str(base), outtype="f32"))
     assert not (tmp_path / "out").exists()
-
-
-def write_awq(model: Any, base: Path, folder: Path, size: int = 32) -> dict[str, np.ndarray]:
-    """An AWQ folder in plain numpy; returns the weights [N, K] that it stands for. Eight columns share a word, in the
-    order 0 2 4 6 1 3 5 7 from its lowest nibble."""
-
-    def packed(values: np.ndarray) -> torch.Tensor:
-        words = np.zeros((len(values), values.shape[1] // 8), dtype=np.uint32)
-        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-            words |= values[:, column::8].astype(np.uint32) << np.uint32(4 * nibble)
-        return torch.from_numpy(words.view(np.int32))
-
-    rng = np.random.default_rng(5)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    dense = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            outputs, inputs = state.pop(f"{name}.weight").shape
-            q_KN = rng.integers(0, 16, (inputs, outputs))
-            zero_GN = rng.integers(0, 16, (inputs // size, outputs))
-            scale_GN = (rng.random(zero_GN.shape) * 0.05 + 0.01).astype(np.float16)
-            state[f"{name}.qweight"], state[f"{name}.qzeros"] = packed(q_KN), packed(zero_GN)
-            state[f"{name}.scales"] = torch.from_numpy(scale_GN)
-            dense[name] = np.empty((outputs, inputs), dtype=np.float32)
-            for k in range(inputs):
-                zero, scale = zero_GN[k // size], scale_GN[k // size].astype(np.float32)
-                dense[name][:, k] = scale * (q_KN[k] - zero)
-    shutil.copytree(base, folder)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    awq = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": awq}))
-    return dense
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("gate_here")
-def test_an_awq_folder_is_multiplied_out(models: dict[str, Path], tmp_path: Path) -> None:
-    dense = write_awq(load(models["llama"]), models["llama"], tmp_path / "awq")
-    report = convert(tmp_path / "awq", tmp_path / "plain", options=ConvertOptions(outtype="f32"))
-    assert (report.kind, report.to) == ("gptq", "hf")
-    plain = open_weights(tmp_path / "plain")
-    assert len(dense) == 7
-    for name, weight in dense.items():
-        np.testing.assert_array_equal(plain.read(f"{name}.weight").numpy(), weight)
-    assert report.parity is not None and report.parity.max_logit_difference == 0.0
 
 
 @pytest.mark.slow

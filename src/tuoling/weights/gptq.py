@@ -29,6 +29,9 @@ from tuoling.weights.tensors import open_weights
 RESUMABLE = ("llama", "qwen2", "bloom")
 """`model_type`s whose interrupted quantisation is tested to go on to the very bytes of a straight run."""
 
+NO_AWQ = ("bloom",)
+"""`model_type`s whose attention gptqmodel cannot call alone, as it does to find what AWQ scales."""
+
 RECORD = "quantization.json"
 
 BOUNDS = {8: Bound(1.1, 0.9), 4: Bound(1.5, 0.5), 3: Bound(4.0, 0.2), 2: Bound(math.inf, 0.0)}
@@ -71,6 +74,7 @@ def quantize(
     require_writable(out.absolute().parent)
     source = find_model(model, revision=revision, base=base)
     _require_unquantised(source)
+    _require_awq(source, options)
     rows = _rows(source, options, data, template, say)
     work = _Work.open(source, out, options, rows)
     if work.goes_on:
@@ -110,7 +114,7 @@ def _quantize(
 ) -> QuantizeReport:
     plain = plain_folder(source, work.folder, allow_remote_code=options.allow_remote_code, say=say)
     layers = linear_names(plain, allow_remote_code=options.allow_remote_code)
-    _require_whole_words(layers, options)
+    _require_widths(layers, options)
     report = QuantizeReport(out, options, len(layers), 0, _size(plain))
     report.notes += _width_notes(layers, options)
     made = None if options.method == "rtn" else _run_gptqmodel(work, plain, layers, options, report, step)
@@ -145,8 +149,20 @@ def linear_names(folder: Path, *, allow_remote_code: bool = False) -> dict[str, 
     }
 
 
-def _require_whole_words(layers: Mapping[str, tuple[int, int]], options: QuantizeOptions) -> None:
-    """gptqmodel packs 32 inputs at a time where a number lies across words, and ends at a width that is no multiple."""
+def _require_widths(layers: Mapping[str, tuple[int, int]], options: QuantizeOptions) -> None:
+    """gptqmodel packs 32 inputs at a time where a number lies across words, and ends at a width that is no multiple;
+    for AWQ it cuts inputs into whole groups and outputs into 64s."""
+    group = max(options.group_size, 1)
+    odd = [(name, shape) for name, shape in layers.items() if shape[1] % group or shape[0] % 64]
+    if options.method == "awq" and odd:
+        name, (outputs, inputs) = odd[0]
+        raise ModelError(
+            tr(
+                f"{len(odd)} layers do not fit AWQ in groups of {group}: {name} has {inputs} inputs, {outputs} outputs",
+                f"有 {len(odd)} 层无法按每组 {group} 做 AWQ：{name} 的输入宽度 {inputs}，输出宽度 {outputs}",
+            ),
+            remedy="--group-size 32 | --group-size 16 | --group-size -1 | --method gptq",
+        )
     wrong = [(name, inputs) for name, (_, inputs) in layers.items() if inputs % 32]
     if options.bits == 3 and options.method == "gptq" and wrong:
         name, inputs = wrong[0]
@@ -168,6 +184,16 @@ def _require_unquantised(source: ModelSource) -> None:
                 "take the model they were made from; or multiply them out first: tuoling convert",
                 "请用量化之前的模型；或先还原：tuoling convert",
             ),
+        )
+
+
+def _require_awq(source: ModelSource, options: QuantizeOptions) -> None:
+    family = source.config.get("model_type")
+    if options.method == "awq" and family in NO_AWQ:
+        raise UsageError(
+            tr(f"gptqmodel cannot make AWQ of a {family}", f"gptqmodel 无法对 {family} 做 AWQ 量化"),
+            where="--method awq",
+            remedy="--method gptq",
         )
 
 

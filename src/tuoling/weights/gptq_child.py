@@ -27,7 +27,7 @@ GENERATED_TOKENS = 32
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
     """Run gptqmodel on a plain folder; what it writes lies in job["made"]."""
-    from gptqmodel import AWQConfig, CheckpointConfig, GPTQConfig, GPTQModel
+    from gptqmodel import BACKEND, AWQConfig, CheckpointConfig, GPTQConfig, GPTQModel
 
     rows = rows_from_json(read_json(job["rows"]))
     items = [{"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)} for row in rows]
@@ -44,7 +44,14 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
     if job["resumable"]:
         _allow_checkpoints()
         checkpoint = CheckpointConfig(path=job["checkpoints"])
-    log = model.quantize(items, batch_size=1, calibration_data_min_length=1, checkpoint=checkpoint)
+    log = model.quantize(
+        items,
+        batch_size=1,
+        calibration_data_min_length=1,
+        checkpoint=checkpoint,
+        # its own choice for AWQ packs the same layout, but only where there is CUDA
+        backend=BACKEND.AWQ_TORCH if job["method"] == "awq" else BACKEND.AUTO,
+    )
     quantised = time.perf_counter()
     model.save(job["made"])
     losses = [

@@ -4,6 +4,7 @@ byte for byte."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -103,7 +104,7 @@ def write_quantised(
                 where=str(made),
             )
     stored = open_weights(made) if made is not None else None
-    names = _names(source, layers, stored)
+    names = _names(source, layers, stored, rescaled=form.method == "awq")
     infos = {
         **{name: where.infos[there] for name, (where, there) in names.items()},
         **{
@@ -146,11 +147,13 @@ def _format(options: QuantizeOptions, made: Path | None) -> QuantizedFormat:
 
 
 def _names(
-    source: TensorSource, layers: Sequence[str], stored: TensorSource | None
+    source: TensorSource, layers: Sequence[str], stored: TensorSource | None, *, rescaled: bool
 ) -> dict[str, tuple[TensorSource, str]]:
     """Tensors that are kept: name in the result → where they are read.
 
     stored: what gptqmodel wrote: a tensor that only it has (none that we know of) is kept too.
+    rescaled: the blocks' norms and biases are gptqmodel's: AWQ multiplies inputs of a layer and divides what comes
+    before it, so the source's own would no longer fit.
     """
     prefix = _missing_prefix(source, layers)
     quantised = {f"{layer}.weight".removeprefix(prefix) for layer in layers}
@@ -161,8 +164,10 @@ def _names(
     }
     if stored is not None:
         parts = {f"{layer}.{part}" for layer in layers for part in PARTS}
+        blocks = tuple({found[0] for layer in layers if (found := re.match(r".*?\.\d+\.", layer))})
         for name in stored.infos:
-            if name not in kept and name not in parts and name != "lm_head.weight":  # tied to the embedding
+            new = name not in kept and name not in parts and name != "lm_head.weight"  # tied to the embedding
+            if new or (rescaled and name in kept and name.startswith(blocks)):
                 kept[name] = (stored, name)
     return kept
 
