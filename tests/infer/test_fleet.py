@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeOpenAI]]:
         yield [stack.enter_context(serve(backwards)) for _ in range(3)]
 
 
+def hold(server: FakeOpenAI, until: Callable[[], bool]) -> None:
+    """It answers nothing before something has happened that must: who is quick would leave nothing to the others."""
+
+    def answer(body: Body) -> str:
+        tick = threading.Event()
+        while not until():
+            tick.wait(0.002)
+        return backwards(body)
+
+    server.answer = answer
+
+
+def together(servers: list[FakeOpenAI]) -> None:
+    """None answers before all have been asked."""
+    for server in servers:
+        hold(server, lambda: all(one.requests for one in servers))
+
+
 def opened(servers: list[FakeOpenAI], **options: Any) -> Model:
     return load("test", endpoint=",".join(one.url for one in servers), concurrency=2, **options)
 
@@ -55,8 +74,7 @@ def data(tmp_path: Path) -> Path:
 def test_rows_are_spread_and_come_back_in_order(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path
 ) -> None:
-    for server in servers:
-        server.delay_s = 0.005
+    together(servers)
     report = predicted(opened(servers), data, tmp_path / "p.json")
     assert written(tmp_path / "p.json") == ANSWERS and (report.predicted, report.rows) == (24, 24)
     shares = [len(server.answered) for server in servers]
@@ -69,6 +87,9 @@ def test_a_server_that_dies_gives_its_rows_to_the_others(
     servers: list[FakeOpenAI], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     servers[0].down_after = 3
+    down = lambda: len(servers[0].requests) > 3  # noqa: E731
+    for server in servers[1:]:
+        hold(server, down)
     report = predicted(opened(servers), data, tmp_path / "p.json")
     assert written(tmp_path / "p.json") == ANSWERS and report.failed == []
     assert len(servers[0].answered) == 3
@@ -153,9 +174,16 @@ def test_leaving_asks_nothing_more(servers: list[FakeOpenAI], data: Path, tmp_pa
 
     from tuoling.infer.predict import predict, question_of_record
 
-    with opened(servers[:1]) as model, pytest.raises(KeyboardInterrupt):
-        predict(model.engine, [question_of_record(row) for row in ROWS], model.settings(), step=stop)
-    assert len(servers[0].requests) <= 4 + 2 + 2, "those under way, and no further ones"
+    server, over = servers[0], threading.Event()
+    hold(server, lambda: len(server.answered) < 4 or over.is_set())
+    with opened(servers[:1]) as model:
+        with pytest.raises(KeyboardInterrupt):
+            predict(model.engine, [question_of_record(row) for row in ROWS], model.settings(), step=stop)
+        over.set()
+        for thread in threading.enumerate():
+            if thread.name == "tuoling-ask":
+                thread.join()
+    assert len(server.requests) <= 4 + 2, "those under way, and no further ones"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -324,13 +323,24 @@ def tensors_alive() -> int:
 
 
 def test_leaving_a_stream_ends_its_thread(engine: TorchEngine, restore: None) -> None:
+    """Its thread waits in the fortieth forward until it is told to stop, and makes no other."""
     engine.end_ids = set()
     engine.context_tokens = None
-    stream = engine.stream(ask("你好"), GenerationSettings(max_new_tokens=5000))
-    next(stream)
-    started = time.perf_counter()
-    stream.close()  # type: ignore[attr-defined]
-    assert time.perf_counter() - started < 3
+    cancel, forwards = threading.Event(), []
+
+    def count(*call: Any) -> None:
+        forwards.append(1)
+        if len(forwards) == 40:
+            cancel.wait()
+
+    hook = engine.model.register_forward_hook(count)
+    try:
+        stream = engine.stream(ask("你好"), GenerationSettings(max_new_tokens=5000), cancel=cancel)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    finally:
+        hook.remove()
+    assert len(forwards) <= 40
     assert not any(thread.name == "tuoling-generate" for thread in threading.enumerate())
 
 

@@ -24,7 +24,8 @@ def test_numbers_are_those_of_the_plain_layer_and_weights_come_back(width: int, 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, out), nn.Linear(out, 48, bias=False)).bfloat16()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    inputs = [torch.randn(1, tokens, width).bfloat16() for tokens in (1, 2, 16, 300)]
+    shapes = [(1, 1), (1, 2), (2, 1), (1, 3), (2,), (1, 16), (16, 1), (1, 300)]
+    inputs = [torch.randn(*shape, width).bfloat16() for shape in shapes]
     exact = [
         F.linear(F.linear(x.double(), before[0].double(), before[1].double()), before[2].double())
         for x in inputs

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_a_full_queue_says_when_to_come_back(server: Live) -> None:
             next(each)
         backend = server.service.backend
         until(lambda: backend.load() == (2, 1))
-        got = server.post(CHAT, chat_with())
+        with held(backend):
+            got = server.post(CHAT, chat_with())
         assert got.status_code == 429 and got.json()["error"]["type"] == "rate_limit_error"
         assert int(got.headers["Retry-After"]) >= 1
         gone = server.metric("tuoling_cancelled_total")
@@ -198,10 +200,32 @@ def test_a_full_queue_says_when_to_come_back(server: Live) -> None:
 
 @pytest.mark.slow
 def test_a_caller_that_leaves_a_whole_answer_stops_it(server: Live) -> None:
-    backend = server.service.backend
-    with pytest.raises(httpx.ReadTimeout):
-        HTTP.post(server.url + CHAT, json=chat_with(max_tokens=ENDLESS), timeout=0.3)
+    backend, gone = server.service.backend, server.metric("tuoling_cancelled_total")
+    body = json.dumps(chat_with(max_tokens=ENDLESS)).encode()
+    place = httpx.URL(server.url)
+    with socket.create_connection((place.host, place.port)) as caller:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {place.host}\r\nContent-Type: application/json\r\n"
+        caller.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: backend.load() == (1, 0))
+    until(lambda: server.metric("tuoling_cancelled_total") == gone + 1)
     until(lambda: backend.load() == (0, 0))
+
+
+@contextmanager
+def held(backend: Any) -> Iterator[None]:
+    """Within, no answer gets a token further."""
+    go_on, step = threading.Event(), backend.stepper.step
+
+    def wait(*asked: Any) -> Any:
+        go_on.wait()
+        return step(*asked)
+
+    backend.stepper.step = wait
+    try:
+        yield
+    finally:
+        backend.stepper.step = step
+        go_on.set()
 
 
 def until(true: Any) -> None:
@@ -222,6 +246,7 @@ def test_a_request_that_takes_too_long_is_told_so(engine: TorchEngine) -> None:
         assert got.status_code == 504 and got.json()["error"]["code"] == "timeout"
         streamed = running.post(CHAT, chat_with(max_tokens=ENDLESS, stream=True)).text
         assert json.loads(streamed.strip().splitlines()[-1][6:])["error"]["code"] == "timeout"
+        running.service.reader.limits = Limits()
         assert running.post(CHAT, chat_with(max_tokens=1)).status_code == 200
     backend.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.gguf_files import write_gguf_of
 from tests.serve.live import HTTP, Live, live
+from tests.serve.scripted_engine import ScriptedEngine
 from tests.tiny import tiny_model
 
 from tuoling.errors import TuolingError
@@ -113,12 +114,12 @@ class Waiting:
 
     def __init__(self, engine: Any, **order: Any) -> None:
         self.events: list[Any] = []
-        self.over = threading.Event()
-        settings = order.pop("settings", replace(GREEDY, max_new_tokens=2000, min_new_tokens=2000))
-        self.job = Job(Order(engine, (ASKED,), settings, **order), self._put)
+        self.begun, self.over = threading.Event(), threading.Event()
+        self.job = Job(Order(engine, (ASKED,), order.pop("settings", GREEDY), **order), self._put)
 
     def _put(self, event: Any) -> None:
         self.events.append(event)
+        self.begun.set()
         if isinstance(event, Finished | Failed):
             self.over.set()
 
@@ -128,28 +129,30 @@ class Waiting:
         return self.events[-1].error
 
 
-@pytest.mark.slow
-def test_leaving_overdue_full_and_closing(engine: Any) -> None:
+ENDLESS = GenerationSettings(max_new_tokens=1 << 20)
+
+
+def test_leaving_overdue_full_and_closing() -> None:
+    """The engine would talk for a quarter of an hour: whoever goes first has no influence."""
+    engine = ScriptedEngine(lambda conversation: "好" * ENDLESS.max_new_tokens, pace_s=0.001)
     backend = OneByOne(waiting=1)
-    running, next_one = Waiting(engine, timeout_s=0.2), Waiting(engine, settings=GREEDY)
+    running, next_one = Waiting(engine, settings=ENDLESS), Waiting(engine, timeout_s=0.0, settings=ENDLESS)
     backend.submit(running.job)
+    assert running.begun.wait(60)
     backend.submit(next_one.job)
     with pytest.raises(Busy) as busy:
-        for _ in range(2):
-            backend.submit(Waiting(engine).job)
-    assert busy.value.retry_after_s >= 1
-    assert isinstance(running.error(), TimedOut)
-    assert next_one.over.wait(60)
-    left = Waiting(engine)
-    backend.submit(left.job)
-    backend.cancel(left.job)
+        backend.submit(Waiting(engine).job)
+    assert busy.value.retry_after_s >= 1 and backend.load() == (1, 1)
+    backend.cancel(running.job)
+    assert isinstance(next_one.error(), TimedOut)
+    assert not any(isinstance(event, Finished | Failed) for event in running.events)
     with pytest.raises(Impossible):
         backend.submit(Job(Order(engine, ((1, 2),), GREEDY), print))
-    cut = Waiting(engine)
+    cut = Waiting(engine, settings=ENDLESS)
     backend.submit(cut.job)
+    assert cut.begun.wait(60)
     backend.close(0.0)
-    assert isinstance(cut.error(), Closing)
-    assert not any(isinstance(event, Finished) for event in left.events)
+    assert isinstance(cut.error(), Closing) and engine.at_once == 0
     with pytest.raises(Closing):
         backend.submit(Waiting(engine).job)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.serve.scripted_engine import ScriptedEngine
+from tests.serve.scripted_engine import WAIT, ScriptedEngine
 
 from tuoling.data.formats import get_format
 from tuoling.errors import UsageError
@@ -135,15 +135,11 @@ def test_stopped_at_once_and_never_asked() -> None:
 
 
 def test_leaving_midway_frees_the_engine() -> None:
-    chosen = models(
-        tuned=ScriptedEngine(lambda conversation: "好" * 9999, context_tokens=99999, pace_s=0.001)
-    )
+    chosen = models(tuned=ScriptedEngine(lambda conversation: "好" + WAIT))
     engine = chosen.first
     assert isinstance(engine, ScriptedEngine)
-    frames = answer(
-        chosen, Talk(), "你好", Wish(("tuned",), GenerationSettings(max_new_tokens=9999)), Event()
-    )
-    next(frames), next(frames)
+    frames = answer(chosen, Talk(), "你好", Wish(("tuned",), GenerationSettings()), Event())
+    next(frame for frame in frames if frame.talk.exchanges[-1].answers[0].text == "好")
     assert len(chosen.queue) == 1 and engine.at_once == 1
     frames.close()
     assert len(chosen.queue) == 0 and engine.at_once == 0

@@ -79,7 +79,7 @@ class Batcher:
     def _free_tokens(self) -> int:
         device = str(self.engine.device)
         free = environment.memory_available_bytes(device if device.startswith("cuda") else "cpu")
-        return max(int(free * MEMORY_SHARE) // max(self.stepper.cache.bytes_per_token, 1), 1)
+        return max(int(free * MEMORY_SHARE) // max(self.stepper.bytes_per_token, 1), 1)
 
     # -- what callers call -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 from tuoling import console
@@ -108,12 +109,11 @@ class OneByOne:
             settings = replace(settings, seed=(settings.seed + choice) % 2**63)
         prompt = order.prompts[ask.number]
         assert isinstance(prompt, Conversation)
-        cancel = threading.Event()
-        for piece in append_only(order.engine.stream(prompt, settings, cancel=cancel)):
-            if self._over(ask.job):
-                cancel.set()
-                return
-            if piece.text:
-                ask.job.on_event(Delta(choice, piece.text))
-            if piece.reply is not None:
-                ask.job.finish(choice, piece.reply)
+        with closing(order.engine.stream(prompt, settings)) as pieces:
+            for piece in append_only(pieces):
+                if self._over(ask.job):
+                    return  # leaving the stream stops it within a token
+                if piece.text:
+                    ask.job.on_event(Delta(choice, piece.text))
+                if piece.reply is not None:
+                    ask.job.finish(choice, piece.reply)

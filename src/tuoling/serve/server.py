@@ -15,16 +15,13 @@ import uvicorn
 from tuoling import console, environment
 from tuoling.errors import UsageError
 from tuoling.infer.engine import Engine
-from tuoling.infer.torch_engine import TorchEngine
 from tuoling.language import tr
 from tuoling.serve.api import Service, make_app
-from tuoling.serve.batching import Batcher
 from tuoling.serve.guard import GuardSettings
 from tuoling.serve.jobs import Backend
 from tuoling.serve.keys import ApiKeys, make_key, read_keys
 from tuoling.serve.one_by_one import OneByOne
 from tuoling.serve.requests import Names
-from tuoling.serve.stepper import Unbatchable
 
 KEY_VARIABLE = "TUOLING_API_KEY"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -91,18 +88,21 @@ def keys_for(address: Address, file: Path, *, required: bool, new: str | None = 
 
 def backend_of(engine: Engine, *, rows: int, waiting: int, memory_tokens: int | None = None) -> Backend:
     """Continuous batching where the engine's model allows it; else one answer at a time, and why."""
-    if isinstance(engine, TorchEngine):
-        try:
-            prompt_tokens = 2048 if engine.device.type == "cuda" else 256
-            return Batcher(
-                engine, rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, memory_tokens=memory_tokens
-            )
-        except Unbatchable as error:
-            console.note(
-                tr(f"one answer at a time, because {error}", f"逐个回答，因为{error}"),
-            )
-    else:
+    if engine.name != "torch":
         console.note(tr(f"one answer at a time ({engine.name})", f"逐个回答（{engine.name}）"))
+        return OneByOne(waiting=waiting)
+    from tuoling.infer.torch_engine import TorchEngine
+    from tuoling.serve.batching import Batcher
+    from tuoling.serve.stepper import Unbatchable
+
+    assert isinstance(engine, TorchEngine)
+    prompt_tokens = 2048 if engine.device.type == "cuda" else 256
+    try:
+        return Batcher(
+            engine, rows=rows, waiting=waiting, prompt_tokens=prompt_tokens, memory_tokens=memory_tokens
+        )
+    except Unbatchable as error:
+        console.note(tr(f"one answer at a time, because {error}", f"逐个回答，因为{error}"))
     return OneByOne(waiting=waiting)
 
 
