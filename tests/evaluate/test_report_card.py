@@ -20,7 +20,16 @@ from tuoling.evaluate.answers import Answer
 from tuoling.evaluate.items import Item
 from tuoling.evaluate.labels import Note
 from tuoling.evaluate.outcome import Outcome, Side
-from tuoling.evaluate.report_card.charts import MOST_POINTS, Line, line_chart, nice_ticks, thinned
+from tuoling.evaluate.report_card.charts import (
+    MOST_POINTS,
+    Bar,
+    Line,
+    bar_chart,
+    colour_of,
+    line_chart,
+    nice_ticks,
+    thinned,
+)
 from tuoling.evaluate.report_card.contents import choose_examples, command_of, read_report
 from tuoling.evaluate.report_card.model_card import write_model_card
 from tuoling.evaluate.report_card.page import page
@@ -225,3 +234,10 @@ def test_charts_keep_the_ends_of_their_lines() -> None:
     assert line is not None
     (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in line[1].split())
     assert (x1, x2) == (52.0, 708.0) and y1 > y2  # more loss is higher up
+
+
+def test_each_side_of_an_arena_has_a_colour_of_its_own() -> None:
+    assert colour_of(0, 1) == "after", "one model is drawn as the tuned one is"
+    assert [colour_of(number, 4) for number in range(4)] == ["before", "after", "third", "fourth"]
+    bars = bar_chart([Bar("甲", [(0.1, 0.0, 0.2), (0.5, 0.4, 0.6), (0.9, 0.8, 1.0)])])
+    assert re.findall(r'<rect class="(\w+)"', bars) == ["before", "after", "third"]

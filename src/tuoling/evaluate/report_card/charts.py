@@ -108,6 +108,14 @@ class Bar:
     sides: Sequence[tuple[float, float, float] | None]
 
 
+COLOURS = ("before", "after", "third", "fourth")
+
+
+def colour_of(number: int, count: int) -> str:
+    """The style of a side's bars: the base pale, the tuned one strong, further ones in colours of their own."""
+    return "after" if count == 1 else COLOURS[min(number, len(COLOURS) - 1)]
+
+
 def bar_chart(bars: Sequence[Bar], *, highest: float = 1.0) -> str:
     """Bars a class with the interval as a whisker, the first side pale, the last strong. Labels are HTML beside them."""
     rows = []
@@ -124,7 +132,7 @@ def bar_chart(bars: Sequence[Bar], *, highest: float = 1.0) -> str:
                 continue
             mean, low, high = (4 + 512 * max(0.0, min(1.0, value / highest)) for value in side)
             y = 2 + lane * number
-            style = "before" if number == 0 and count > 1 else "after"
+            style = colour_of(number, count)
             parts.append(
                 f'<rect class="{style}" x="4" y="{y + 2}" width="{max(1.0, mean - 4):.1f}" height="{lane - 4}" rx="2"/>'
             )

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from tuoling.evaluate.labels import METRICS, SIDES, SUITES, class_names, figure
-from tuoling.evaluate.report_card.charts import Bar, bar_chart
+from tuoling.evaluate.report_card.charts import Bar, bar_chart, colour_of
 from tuoling.evaluate.report_card.contents import Example, Report, Suite
 from tuoling.evaluate.report_card.html import both, in_both, number, section, table, verdict_cell
 
@@ -74,8 +74,11 @@ def _bars(scores: Mapping[str, Any], metric: str, sides: Sequence[str]) -> str:
             bars.append(Bar(both(*class_names(name, str(scores["suite"]))), values))
     if not bars:
         return ""
-    pale = f'<i style="background:var(--before)"></i>{in_both(SIDES, sides[0])}' if len(sides) > 1 else ""
-    legend = f'<p class="legend">{pale}<i style="background:var(--after)"></i>{in_both(SIDES, sides[-1])}'
+    names = "".join(
+        f'<i style="background:var(--{colour_of(number, len(sides))})"></i>{in_both(SIDES, side)}'
+        for number, side in enumerate(sides)
+    )
+    legend = f'<p class="legend">{names}'
     return (
         f"{legend} · {both('横线为 95% 区间，竖线为 0、25、50、75、100', 'whiskers: 95 % intervals; lines at 0, 25, 50, 75, 100')}</p>"
         + bar_chart(bars)

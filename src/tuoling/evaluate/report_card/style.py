@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 STYLE = """
-:root{--ink:#1d2430;--soft:#5d6776;--line:#e3e7ee;--paper:#fff;--ground:#f5f3ee;--after:#b4532a;--before:#c9bfae;
+:root{--ink:#1d2430;--soft:#5d6776;--line:#e3e7ee;--paper:#fff;--ground:#f5f3ee;--after:#b4532a;--before:#c9bfae;--third:#24547a;--fourth:#7d8f4e;
 --good:#1d7a4c;--bad:#b3261e;--accent:#8a3d1c;--wash:#fbf6f0}
 *{box-sizing:border-box}
 html{font:15px/1.6 "PingFang SC","Noto Sans CJK SC","Noto Sans SC","Microsoft YaHei",system-ui,-apple-system,
@@ -45,7 +45,7 @@ polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 polyline.raw{stroke:#e3b49d;stroke-width:1}polyline.loss{stroke:var(--after)}polyline.eval{stroke:#24547a}
 polyline.rate{stroke:#9aa3ae;stroke-dasharray:5 4;stroke-width:1.3}polyline.speed{stroke:#24547a}
 circle.eval{fill:#24547a;stroke:#fff}
-rect.before{fill:var(--before)}rect.after{fill:var(--after)}
+rect.before{fill:var(--before)}rect.after{fill:var(--after)}rect.third{fill:var(--third)}rect.fourth{fill:var(--fourth)}
 path.whisker{stroke:var(--ink);stroke-width:1.2;fill:none;opacity:.75;vector-effect:non-scaling-stroke}
 .bargrid{display:grid;grid-template-columns:max-content 1fr;gap:3px 14px;align-items:center;font-size:13px}
 .bargrid svg{width:100%;height:auto;min-height:20px}.barlabel{max-width:190px;overflow-wrap:anywhere}
