@@ -1,4 +1,4 @@
-"""A rank that does not get past its third step: `python bad_rank.py raises|dies|hangs FOLDER`."""
+"""A rank that does not get past its third step, or its second save: `python bad_rank.py raises|dies|hangs|saves FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import threading
 from itertools import count
 from typing import Any
 
-from tuoling.train import loop, rank
+from tuoling.train import checkpoint, loop, rank
 
-STEP, NUMBER = loop.train_step, count(1)
+STEP, SAVE_FILE, NUMBER = loop.train_step, checkpoint.save_file, count(1)
+FILES_OF_A_SAVE = 3
+"""optimizer, and the random state of two ranks."""
 
 
 def fail(what: str) -> None:
@@ -31,6 +33,17 @@ def step_or(what: str) -> Any:
     return step
 
 
+def dies_saving(*args: Any) -> None:
+    """Rank 0, which writes, is gone when two of the three files beside the weights are there."""
+    SAVE_FILE(*args)
+    if next(NUMBER) == 2 * FILES_OF_A_SAVE - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    loop.train_step = step_or(sys.argv.pop(1))
+    wanted = sys.argv.pop(1)
+    if wanted == "saves":
+        checkpoint.save_file = dies_saving
+    else:
+        loop.train_step = step_or(wanted)
     rank.main()

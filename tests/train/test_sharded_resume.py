@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.train.parallel_runs import STEPS, Curve, apart, run, tiny
+from tests.train.parallel_runs import STEPS, apart, curve_of, run, tiny
 
 from tuoling.errors import TrainingError
 from tuoling.train.checkpoint import require_same_model
@@ -26,13 +26,6 @@ def stopped_at(straight: Path, folder: Path, step: int) -> Path:
     lines = (straight / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[: step + 2]), encoding="utf-8")
     return folder
-
-
-def curve_of(folder: Path) -> Curve:
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    files = [*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")]
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    return Curve(losses, weights, {}, folder)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.train.parallel_runs import apart, run, tiny
-from tests.train.test_sharded_resume import curve_of, stopped_at
+from tests.train.parallel_runs import apart, curve_of, run, tiny
+from tests.train.test_sharded_resume import stopped_at
 
 from tuoling.config import RunConfig
 from tuoling.train.entry import resume

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tuoling.train.launch import Launch
 
 POLL_S = 0.1
+STACK_S = 10.0
+"""What a rank that hangs gets to write down where: it is a signal's handler, but the machine may be busy."""
 GRACE_S = 10.0
 """What the other ranks get after one has failed: they run into it themselves, each with its own words."""
 
@@ -154,7 +156,7 @@ def _stack(process: subprocess.Popen[bytes], job: Path, rank: int) -> str:
     """Where a rank is right now: the innermost lines of its stack; empty if it does not even answer that."""
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGUSR1)
-    path, end = job / f"stack-{rank}.txt", time.monotonic() + 2.0
+    path, end = job / f"stack-{rank}.txt", time.monotonic() + STACK_S
     while time.monotonic() < end:
         if path.is_file() and (text := path.read_text(encoding="utf-8", errors="replace").strip()):
             return "\n".join(line.strip() for line in text.splitlines()[1:4])
