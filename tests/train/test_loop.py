@@ -19,7 +19,7 @@ from tuoling.errors import ConfigError, DataError, OutputError, TrainingError
 from tuoling.train import loop
 from tuoling.train.checkpoint import checkpoints
 from tuoling.train.loop import RunResult, train
-from tuoling.train.prepare import prepare
+from tuoling.train.prepare import Setup, prepare
 from tuoling.train.run_folder import RunFolder
 from tuoling.train.steps import make_steps
 
@@ -278,13 +278,13 @@ def test_ctrl_c_while_the_end_is_saved_lets_it_be_saved(
 def test_a_stop_before_the_first_step_is_told_and_leaves_no_weights(
     tmp_path: Path, bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = loop.make_steps
+    begin = Setup.steps
 
     def pressed(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return begin(*args)
 
-    monkeypatch.setattr(loop, "make_steps", pressed)
+    monkeypatch.setattr(Setup, "steps", pressed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, bloom)
     assert state_of(tmp_path / "run") == ("failed", "stopped before it was saved")

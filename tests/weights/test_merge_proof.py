@@ -16,7 +16,7 @@ from tests.weights.test_merge import peft_adapter
 from tuoling.errors import TuolingError
 from tuoling.files import sha256_file, write_json
 from tuoling.models.load import find_model, load_model
-from tuoling.weights import merge as merge_module
+from tuoling.weights import merged as merged_module
 from tuoling.weights.merge import merge
 from tuoling.weights.merge_proof import AsTrained
 from tuoling.weights.merged import Weighted
@@ -62,14 +62,14 @@ def test_each_adapter_is_proven_with_its_own_alpha(base: Path, tmp_path: Path) -
 def test_not_passed_and_nothing_left(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that forgets alpha / r: the adapter beside its base says otherwise."""
     adapter = peft_adapter(base, tmp_path / "a", lora_alpha=32)
-    right = merge_module.apply_changes
+    right = merged_module.apply_changes
 
     def wrong(tensor: torch.Tensor, changes: Any, dtype: torch.dtype) -> torch.Tensor:
         from dataclasses import replace
 
         return right(tensor, [replace(change, scale=1.0) for change in changes], dtype)
 
-    monkeypatch.setattr(merge_module, "apply_changes", wrong)
+    monkeypatch.setattr(merged_module, "apply_changes", wrong)
     with pytest.raises(TuolingError, match="does not compute the same") as caught:
         merge([Weighted(find_model(adapter))], tmp_path / "out")
     assert "--no-verify" in str(caught.value.remedy)
