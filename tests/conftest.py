@@ -9,6 +9,8 @@ os.environ["TUOLING_LANG"] = "en"
 # Tiny tensors on two threads spend their time waiting for each other, the more so with two test processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# torch looks once, at a process's first matmul on a GPU, which a test with deterministic=true comes after.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -184,6 +184,18 @@ def cuda_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def use_card(device: str) -> None:
+    """Make `cuda:N` the card that is meant where none is named: by accelerate, random states and memory peaks.
+
+    `cuda` alone is the current one already (torch refuses to be told so), and other devices have no such state.
+    """
+    import torch
+
+    card = torch.device(device)
+    if card.type == "cuda" and card.index is not None:
+        torch.cuda.set_device(card)
+
+
 def _require_device(asked: str) -> None:
     if asked == "cpu":
         return

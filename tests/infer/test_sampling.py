@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.devices import DEVICES
 from tests.tiny import tiny_model
 
 from tuoling.infer.engine import GenerationSettings
@@ -24,7 +25,8 @@ def by_hand(probabilities: list[float], number: float) -> int:
     raise AssertionError("the number lies behind the sum")
 
 
-def test_a_draw_is_a_walk_along_the_probabilities() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_draw_is_a_walk_along_the_probabilities(device: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(6, 50) * 2
     scores[:, ::7] = -torch.inf
@@ -33,7 +35,7 @@ def test_a_draw_is_a_walk_along_the_probabilities() -> None:
             float(torch.rand((), generator=generator(100 * round_ + row), dtype=torch.float64))
             for row in range(6)
         ]
-        tokens = draw(scores, [generator(100 * round_ + row) for row in range(6)])
+        tokens = draw(scores.to(device), [generator(100 * round_ + row) for row in range(6)])
         walks = scores.double().softmax(-1).tolist()
         assert tokens.tolist() == [by_hand(walk, number) for walk, number in zip(walks, numbers, strict=True)]
 

@@ -3,27 +3,36 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.devices import DEVICES, NEEDS_A_GPU
 
 from tuoling.kernels import loss
 from tuoling.kernels.loss import Extras, linear_cross_entropy, reference_cross_entropy, supervised
 
 
-def draw(rows: int, width: int, words: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> tuple:
+def draw(
+    rows: int,
+    width: int,
+    words: int,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 1.0,
+    device: str = "cpu",
+) -> tuple:
     generator = torch.Generator().manual_seed(rows * words)
-    hidden = (torch.randn(rows, width, generator=generator) * spread).to(dtype).requires_grad_()
-    weight = torch.randn(words, width, generator=generator).to(dtype).requires_grad_()
-    bias = torch.randn(words, generator=generator).to(dtype).requires_grad_()
-    return hidden, weight, bias, torch.randint(0, words, (rows,), generator=generator)
+    hidden = (torch.randn(rows, width, generator=generator) * spread).to(device, dtype).requires_grad_()
+    weight = torch.randn(words, width, generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.randn(words, generator=generator).to(device, dtype).requires_grad_()
+    return hidden, weight, bias, torch.randint(0, words, (rows,), generator=generator).to(device)
 
 
 @pytest.mark.parametrize("rows, width, words", [(47, 31, 123), (1, 8, 2), (130, 16, 1001)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**28])
 @pytest.mark.parametrize("scale", [1.0, 0.0625])
+@pytest.mark.parametrize("device", DEVICES)
 def test_equals_float64(
-    rows: int, width: int, words: int, with_bias: bool, chunk_bytes: int, scale: float
+    rows: int, width: int, words: int, with_bias: bool, chunk_bytes: int, scale: float, device: str
 ) -> None:
-    hidden, weight, bias, labels = draw(rows, width, words)
+    hidden, weight, bias, labels = draw(rows, width, words, device=device)
     given = bias if with_bias else None
     total, count = linear_cross_entropy(hidden, weight, labels, given, scale=scale, chunk_bytes=chunk_bytes)
     assert count == rows
@@ -36,17 +45,20 @@ def test_equals_float64(
         assert (mine.double() - true.double()).norm() <= 2e-6 * true.double().norm()
 
 
-def test_a_word_that_is_nearly_impossible_still_has_its_loss() -> None:
-    hidden = torch.tensor([[200.0], [1.0]])
-    weight = torch.tensor([[1.0], [0.0], [0.5]])
-    total, _ = linear_cross_entropy(hidden, weight, torch.tensor([1, 1]))
-    expected = reference_cross_entropy(hidden, weight, torch.tensor([1, 1]))
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_word_that_is_nearly_impossible_still_has_its_loss(device: str) -> None:
+    hidden = torch.tensor([[200.0], [1.0]], device=device)
+    weight = torch.tensor([[1.0], [0.0], [0.5]], device=device)
+    labels = torch.tensor([1, 1], device=device)
+    total, _ = linear_cross_entropy(hidden, weight, labels)
+    expected = reference_cross_entropy(hidden, weight, labels)
     assert total.item() == pytest.approx(expected.item(), rel=1e-6) and total.item() > 200
 
 
-def test_nothing_learned_is_a_zero_that_reaches_both_inputs() -> None:
-    hidden, weight, bias, _ = draw(3, 4, 5)
-    labels = torch.full((3,), -100)
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_learned_is_a_zero_that_reaches_both_inputs(device: str) -> None:
+    hidden, weight, bias, _ = draw(3, 4, 5, device=device)
+    labels = torch.full((3,), -100, device=device)
     where = supervised(labels)
     total, count = linear_cross_entropy(hidden[where], weight, labels[where], bias)
     total.backward()
@@ -54,8 +66,9 @@ def test_nothing_learned_is_a_zero_that_reaches_both_inputs() -> None:
     assert not hidden.grad.any() and not weight.grad.any() and not bias.grad.any()
 
 
-def test_a_frozen_head_costs_no_gradient() -> None:
-    hidden, weight, _, labels = draw(6, 4, 50)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_frozen_head_costs_no_gradient(device: str) -> None:
+    hidden, weight, _, labels = draw(6, 4, 50, device=device)
     weight = weight.detach()
     total, _ = linear_cross_entropy(hidden, weight, labels)
     total.backward()
@@ -97,9 +110,10 @@ def test_many_words_keep_chunks_of_whole_tiles() -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes, allowed", [(2**28, 1.5), (120_000, 2.5)])
-def test_bf16_sums_in_float32(chunk_bytes: int, allowed: float) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_sums_in_float32(chunk_bytes: int, allowed: float, device: str) -> None:
     """Logits and their gradient are rounded to bf16 as F.linear rounds them; the head's gradient once a chunk."""
-    hidden, weight, _, labels = draw(64, 32, 3000, torch.bfloat16, spread=0.3)
+    hidden, weight, _, labels = draw(64, 32, 3000, torch.bfloat16, spread=0.3, device=device)
     total, _ = linear_cross_entropy(hidden, weight, labels, chunk_bytes=chunk_bytes)
     expected = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -114,9 +128,10 @@ def test_bf16_sums_in_float32(chunk_bytes: int, allowed: float) -> None:
         assert error <= allowed * stock_error
 
 
-def test_autocast_casts_as_linear_would_and_keeps_float32_gradients() -> None:
-    hidden, weight, bias, labels = draw(20, 16, 300)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_casts_as_linear_would_and_keeps_float32_gradients(device: str) -> None:
+    hidden, weight, bias, labels = draw(20, 16, 300, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         total, _ = linear_cross_entropy(hidden, weight, labels, bias)
         expected = F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -124,8 +139,33 @@ def test_autocast_casts_as_linear_would_and_keeps_float32_gradients() -> None:
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
 
 
-def test_no_logits_are_kept() -> None:
-    hidden, weight, _, labels = draw(40, 8, 5000)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scaled_loss_in_fp16_does_not_overflow_on_its_way(device: str) -> None:
+    """GradScaler begins at 65,536, above the largest number of fp16: one learned token, and a small gradient."""
+    hidden, weight, _, labels = draw(1, 16, 40, torch.float16, spread=0.05, device=device)
+    weight = (weight.detach() * 0.05).requires_grad_()
+    total, _ = linear_cross_entropy(hidden, weight, labels)
+    (total * 65536.0).backward()
+    exact = torch.autograd.grad(reference_cross_entropy(hidden, weight, labels) * 65536.0, [hidden, weight])
+    for mine, true in zip((hidden.grad, weight.grad), exact, strict=True):
+        assert (mine.double() - true.double()).norm() <= 2e-3 * true.double().norm()
+
+
+@NEEDS_A_GPU
+def test_a_chunk_on_a_gpu_is_as_large_as_its_budget() -> None:
+    """250,880 words of bf16, 300 positions: the peak above the inputs is one chunk of 256 and its two float32 copies."""
+    hidden, weight, _, labels = draw(300, 8, 250_880, torch.bfloat16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight.detach(), labels)
+    above = torch.cuda.max_memory_allocated() - before
+    chunk = 256 * 250_880 * 2
+    assert 5 * chunk <= above <= 5.2 * chunk
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_logits_are_kept(device: str) -> None:
+    hidden, weight, _, labels = draw(40, 8, 5000, device=device)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         linear_cross_entropy(hidden, weight, labels, chunk_bytes=1000)
@@ -142,8 +182,9 @@ def test_backward_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("extras", [Extras(0.1), Extras(0.0, 1e-2), Extras(0.2, 1e-3)])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_label_smoothing_and_z_loss_equal_their_formula(extras: Extras, scale: float) -> None:
-    hidden, weight, bias, labels = draw(23, 12, 301)
+@pytest.mark.parametrize("device", DEVICES)
+def test_label_smoothing_and_z_loss_equal_their_formula(extras: Extras, scale: float, device: str) -> None:
+    hidden, weight, bias, labels = draw(23, 12, 301, device=device)
     total, _ = linear_cross_entropy(
         hidden, weight, labels, bias, scale=scale, extras=extras, chunk_bytes=6000
     )

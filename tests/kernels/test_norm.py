@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import NEEDS_A_GPU
 from torch import Tensor
 from transformers import (
     BloomConfig,
@@ -86,4 +87,11 @@ def test_only_norms_that_compute_the_same_are_replaced(model: Any, norms: int) -
     assert len(changed) == norms
     assert float((model(input_ids=ids, use_cache=False).logits - wanted).detach().abs().max()) < 1e-5
     put_back(changed)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@NEEDS_A_GPU
+def test_norms_on_a_gpu_are_transformers_own() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY, **HEADS)).to("cuda")
+    assert norm.install(model) == []
     assert not any("forward" in module.__dict__ for module in model.modules())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import NEEDS_A_GPU
 from tests.tiny import tiny_model
 
 from tuoling.api import load
@@ -23,11 +24,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("placement") / "m", "llama")
 
 
-def answers(path: Path, **options: Any) -> tuple[list[str], dict[str, Any]]:
-    with load(path, device="cpu", template="domain_bloom", **options) as loaded:
+def answers(path: Path, device: str = "cpu", **options: Any) -> tuple[list[str], dict[str, Any]]:
+    with load(path, device=device, template="domain_bloom", **options) as loaded:
         engine: Any = loaded.engine
         where = dict(getattr(engine.model, "hf_device_map", {}))
-        assert engine.device == torch.device("cpu")
+        assert engine.device.type == device
         streamed = "".join(loaded.stream(QUESTIONS[0], max_new_tokens=12))
         said = [loaded.chat(question, max_new_tokens=12) for question in QUESTIONS]
         assert streamed == said[0]
@@ -52,6 +53,26 @@ def test_what_memory_does_not_hold_lies_on_the_disk_and_says_the_same(
     assert spread == whole
     assert "the model's parts lie on memory: " in capsys.readouterr().err.replace("\n", " ")
     assert not list(tmp_path.glob("tuoling/offload-*")), "the weights on the disk go with the model"
+
+
+@NEEDS_A_GPU
+def test_what_a_card_does_not_hold_lies_in_memory_and_says_the_same(model: Path) -> None:
+    """The embeddings are first on the card; some of the layers behind them find no room there."""
+    whole, _ = answers(model, "cuda", dtype="fp32")
+    weights = next(model.glob("*.safetensors")).stat().st_size
+    spread, where = answers(model, "cuda", dtype="fp32", max_memory=f"0={weights * 3 // 4000}KB,cpu=1GB")
+    assert set(where.values()) == {0, "cpu"}, where
+    assert spread == whole
+
+
+@NEEDS_A_GPU
+def test_a_closed_engine_leaves_the_card_as_it_was(model: Path) -> None:
+    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")  # cuBLAS keeps its workspace
+    before = torch.cuda.memory_allocated()
+    with load(model, device="cuda", template="domain_bloom", dtype="fp32") as loaded:
+        loaded.chat("你好", max_new_tokens=4)
+        assert torch.cuda.memory_allocated() > before
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.devices import DEVICES
 from torch import nn
 
 from tuoling.errors import OutputError
@@ -32,28 +33,30 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     return folder
 
 
-def stepped() -> tuple[nn.Module, torch.optim.AdamW]:
+def stepped(device: str = "cpu") -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = nn.Linear(4, 3, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for _ in range(3):
-        model(torch.randn(5, 4)).square().sum().backward()
+        model(torch.randn(5, 4, device=device)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
 
 
-def test_optimizer_and_random_state_come_back_bit_for_bit(tmp_path: Path) -> None:
-    model, optimizer = stepped()
+@pytest.mark.parametrize("device", DEVICES)
+def test_optimizer_and_random_state_come_back_bit_for_bit(tmp_path: Path, device: str) -> None:
+    model, optimizer = stepped(device)
     folder = save(tmp_path, 3, model, optimizer)
-    drawn = torch.rand(4)
-    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    drawn = torch.rand(4), torch.rand(4, device=device)
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     load_optimizer(folder, model=model, optimizer=fresh)
     load_random_state(folder)
-    assert torch.equal(torch.rand(4), drawn)
+    assert torch.equal(torch.rand(4), drawn[0]) and torch.equal(torch.rand(4, device=device), drawn[1])
     for parameter in model.parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(fresh.state[parameter][key], optimizer.state[parameter][key])
+            ours, theirs = fresh.state[parameter][key], optimizer.state[parameter][key]
+            assert torch.equal(ours, theirs) and ours.device == theirs.device
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ FLOAT32_BELOW = 320
 """Shorter documents are attended to in float32 on a CPU: torch's bf16 backward there costs 15 ms where float32
 costs 4 ms with its casts (48 documents of 20 tokens). Steps of LLaMA rows of 55 to 617 tokens took 4.5 s of CPU time
 with 300, 4.6 with 192, 4.9 with 97 and with 512."""
+ALIGNED_BYTES = 16
+"""torch's memory-efficient kernel on a GPU reads so many bytes of a mask at once. It pads a mask whose rows are of
+another length, and stops at an error where the first one does not begin at a multiple."""
 MERGE_WORK = 2**21
 """Padding of (L_max^2 - L^2) x N x D up to this costs less than one more kernel launch (measured on a CPU)."""
 
@@ -151,7 +154,10 @@ class Bias:
         self._strip: Tensor | None = None
 
     def strip(self, rows: int, keys: int, like: Tensor) -> Tensor:
-        """[1, N or 1, rows, keys] for the last `rows` queries of `keys` tokens, on the device of `like`."""
+        """[1, N or 1, rows, keys] for the last `rows` queries of `keys` tokens, on the device of `like`.
+
+        On a GPU a part of the strip that begins between two of its kernels' words is copied to where one begins.
+        """
         have = self._strip
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         if (
@@ -162,7 +168,9 @@ class Bias:
             or have.dtype != dtype
         ):
             have = self._strip = self._build(keys, like.device).to(dtype)
-        return have[:, :, have.shape[2] - rows :, have.shape[3] - keys :]
+        part = have[:, :, have.shape[2] - rows :, have.shape[3] - keys :]
+        misplaced = like.device.type != "cpu" and part.storage_offset() * part.element_size() % ALIGNED_BYTES
+        return part.clone(memory_format=torch.contiguous_format) if misplaced else part
 
     def _build(self, keys: int, device: torch.device) -> Tensor:
         rows = min(QUERY_ROWS, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,13 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tuoling.kernels.attention import Bias, Pack
+
+LARGEST_HEAD = 256
+"""What the flash kernels take."""
+SMALLEST_FLEX_HEAD = 16
+"""Triton multiplies no smaller tiles."""
+_MASKS: weakref.WeakKeyDictionary[Pack, Any] = weakref.WeakKeyDictionary()
+"""Block masks of flex_attention: made once a pack for all layers, as each looks at every pair of tokens."""
 
 
 def attend(
@@ -30,7 +38,8 @@ def attend(
     """
     slopes_N = None if bias is None else bias.slopes_N
     window = None if bias is None else bias.window
-    if q_TND.dtype not in (torch.float16, torch.bfloat16) or q_TND.shape[-1] != v_TKD.shape[-1]:
+    size = q_TND.shape[-1]
+    if q_TND.dtype not in (torch.float16, torch.bfloat16) or size != v_TKD.shape[-1] or size > LARGEST_HEAD:
         return None
     if torch.cuda.get_device_capability(q_TND.device)[0] < 8:
         return None
@@ -51,16 +60,18 @@ def attend(
             causal=True,
             window_size=(left, -1 if window is None else 0),
             alibi_slopes=None if slopes_N is None else slopes_N.to(q_TND.device, torch.float32),
+            # it asks nobody: torch's setting reaches torch's own kernels alone
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return out
     if dropout > 0.0:
         return None
     if slopes_N is not None:
-        return (
-            None if window is not None else _flex(q_TND, k_TKD, v_TKD, pack, scale, slopes_N.to(q_TND.device))
-        )
+        if window is not None or size < SMALLEST_FLEX_HEAD:
+            return None
+        return _flex(q_TND, k_TKD, v_TKD, pack, scale, slopes_N.to(q_TND.device, torch.float32))
     varlen = _varlen_attn()
-    if varlen is None:
+    if varlen is None or size % 8:
         return None
     grouped = q_TND.shape[1] != k_TKD.shape[1]
     out = varlen(
@@ -107,19 +118,28 @@ def _compiled_flex() -> Callable[..., Any]:
 
 def _flex(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, pack: Pack, scale: float, slopes_N: Tensor) -> Tensor:
     """ALiBi as a score modification in float32, documents as a block mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    tokens = q_TND.shape[0]
-    lengths = torch.tensor(pack.lengths, device=q_TND.device)
-    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=q_TND.device), lengths)
-
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document_T[query] == document_T[key]) & (query >= key)
 
     def alibi(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score - slopes_N[head] * (query - key)
 
+    if pack not in _MASKS:
+        _MASKS[pack] = _block_mask(pack, q_TND.device)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TKD, v_TKD))
-    mask = create_block_mask(seen, None, None, tokens, tokens, device=q_TND.device)
-    out: Tensor = _compiled_flex()(q, k, v, score_mod=alibi, block_mask=mask, scale=scale)
+    grouped = q_TND.shape[1] != k_TKD.shape[1]
+    out: Tensor = _compiled_flex()(
+        q, k, v, score_mod=alibi, block_mask=_MASKS[pack], scale=scale, enable_gqa=grouped
+    )
     return out[0].transpose(0, 1)
+
+
+def _block_mask(pack: Pack, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    lengths = torch.tensor(pack.lengths, device=device)
+    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document_T[query] == document_T[key]) & (query >= key)
+
+    tokens = len(document_T)
+    return create_block_mask(seen, None, None, tokens, tokens, device=device)

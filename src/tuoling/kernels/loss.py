@@ -155,7 +155,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy: backward a second time; its gradient was already handed over"
             )
         weight_dtype, bias_dtype = ctx.dtypes
-        hidden = None if grads.hidden is None else grads.hidden.mul_(grad.to(grads.hidden.dtype))
+        hidden = grads.hidden
+        if (
+            hidden is not None and hidden.dtype == torch.float16
+        ):  # the scale of fp16's loss may be above its range
+            hidden = hidden.float().mul_(grad).to(torch.float16)
+        elif hidden is not None:
+            hidden.mul_(grad.to(hidden.dtype))
         weight = None if grads.weight is None else grads.weight.mul_(grad).to(weight_dtype)
         bias = None if grads.bias is None else grads.bias.mul_(grad).to(bias_dtype)
         return hidden, weight, bias, None, None, None, None

@@ -147,12 +147,14 @@ def gradient_bytes(config: RunConfig, size: ModelSize) -> int:
 
 
 def loss_bytes(config: RunConfig, size: ModelSize, tokens: int, dtype: str) -> int:
-    """One chunk of logits, two float32 blocks, the hidden states and their gradient; the head where it is cast."""
+    """One chunk of logits, two float32 blocks (on a GPU of the whole chunk), the hidden states and their gradient;
+    the head where it is cast."""
     width = 4 if dtype == "fp32" else 2
-    cached = config.finetuning_type == "lora" and environment.pick_device(config.device) == "cpu"
+    on_cpu = environment.pick_device(config.device) == "cpu"
+    cached = config.finetuning_type == "lora" and on_cpu
     budget = cached_chunk_bytes(size.vocab * width) if cached else CHUNK_BYTES
     chunk = min(budget, tokens * size.vocab * width)
-    blocks = 2 * min(BLOCK_BYTES, tokens * size.vocab * 4)
+    blocks = 2 * (min(BLOCK_BYTES, tokens * size.vocab * 4) if on_cpu else chunk * 4 // width)
     cast = size.head * 2 if config.finetuning_type == "full" and dtype != "fp32" else 0
     return chunk + blocks + 2 * tokens * size.hidden * width + cast
 

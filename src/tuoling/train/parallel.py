@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tuoling import environment
 from tuoling.data.pack import Batch, nothing_learned
 from tuoling.errors import TrainingError
 from tuoling.kernels.install import FastModel, install
@@ -297,6 +298,7 @@ def _accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
+    environment.use_card(device)
     # accelerate keeps its precision in a singleton; a second run in one process may ask for another.
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()

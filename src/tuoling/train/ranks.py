@@ -118,8 +118,7 @@ def join(device: str, timeout_s: int) -> Iterator[Ranks]:
         return
     environment.adopt(place)
     cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(torch.device(device))
+    environment.use_card(device)
     if dist.is_initialized():  # Ray Train's; it ends it, too
         with console.silent(place.rank != 0):
             yield Ranks(place)
