@@ -45,7 +45,9 @@ def _require_whole(target: Path) -> None:
     """Raise ModelError where a folder lacks a shard that its index or its files' numbers name."""
     if not any(target.glob("*.index.json")) and not any(target.glob("*-of-*")):
         return
-    from tuoling.models.source import weight_files  # these bring torch: 1.7 s that other targets have no use for
+    from tuoling.models.source import (
+        weight_files,
+    )  # these bring torch: 1.7 s that other targets have no use for
     from tuoling.models.weight_files import require_shards
 
     if files := weight_files(target):
