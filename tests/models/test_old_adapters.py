@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,11 @@ def test_files_that_are_cut_hold_nan_or_no_tensors(adapter: Path, base: Path, tm
     torch.save([1, 2], path)
     with pytest.raises(ModelError, match="it holds a list"):
         logits(folder)
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "it-ran")))  # not by torch.save
+    with warnings.catch_warnings(), pytest.raises(ModelError, match="plain tensors: Unsupported op") as told:
+        warnings.simplefilter("error")
+        logits(folder)
+    assert "executed" in told.value.problem and not (tmp_path / "it-ran").exists()
     name = sorted(state)[0]
     state[name][0, 0] = float("nan")
     torch.save(state, path)

@@ -360,6 +360,10 @@ BAD: list[Any] = [
     ),
     pytest.param(lambda folder: (folder / "params.json").unlink(), ["params.json"], id="no params.json"),
     pytest.param(lambda folder: (folder / "params.json").write_text("{"), ["params.json:1"], id="params cut"),
+    pytest.param(
+        lambda folder: change_params(folder, n_heads=0), ["params.json", "n_heads is 0"], id="no heads"
+    ),
+    pytest.param(lambda folder: change_params(folder, dim="64"), ["dim is '64'"], id="a dim in words"),
     pytest.param(lambda folder: change_params(folder, dim=128), ["dim 128", "64"], id="another dim"),
     pytest.param(
         lambda folder: change_params(folder, n_layers=3), ["n_layers 3", "layers.2."], id="more layers"
