@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.models.test_old_adapters import ALPHA, IDS, OLD_CONFIG, RANK, contents, grouped, logits
+from tests.models.test_old_adapters import (
+    ALPHA,
+    IDS,
+    OLD_CONFIG,
+    RANK,
+    contents,
+    grouped,
+    logits,
+    save_empty_of_2023,
+)
 from tests.tiny import tiny_model
 
 from tuoling.errors import ModelError, UsageError
@@ -77,7 +86,7 @@ def test_what_cannot_be_converted_leaves_nothing(bloom: Path, tmp_path: Path) ->
     with pytest.raises(UsageError, match="written as it is"):
         convert(old, tmp_path / "new", options=ConvertOptions(outtype="f16", lora_alpha=ALPHA))
     (tmp_path / "empty").mkdir()
-    torch.save({}, tmp_path / "empty" / "adapter_model.bin")
+    save_empty_of_2023(tmp_path / "empty" / "adapter_model.bin")
     with pytest.raises(ModelError, match="adapter file is empty"):
         convert(tmp_path / "empty", tmp_path / "new", options=ConvertOptions())
     assert not list(tmp_path.glob("*new*")) and not list(tmp_path.glob(".new*"))

@@ -427,6 +427,11 @@ def damage(folder: Path, change: Any) -> None:
             r"missing: blk\.1\.attn_k\.weight",
         ),
         (lambda s: s.update({"model.extra.weight": torch.ones(2, 2)}), "f32", r"no place for: model\.extra"),
+        (
+            lambda s: s.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(5, 32)}),
+            "f32",
+            r"q_proj has 5 rows for 4 heads",
+        ),
     ],
 )
 def test_bad_weights_are_refused_and_leave_nothing(

@@ -121,6 +121,7 @@ SCALED = {
     [
         ({}, 1),
         ({}, 4),
+        ({"num_key_value_heads": 8, "intermediate_size": 176}, 8),
         ({"tie_word_embeddings": True}, 2),
         ({"dtype": torch.bfloat16, "rms_norm_eps": 1e-5}, 2),
         ({"rope_parameters": SCALED, "num_key_value_heads": 8}, 2),
@@ -282,6 +283,19 @@ def test_without_a_tokenizer_the_proof_is_refused_before_the_work(tmp_path: Path
     assert "tokenizer.model" in str(refused.value) and "--no-verify" in str(refused.value)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("gate_here")
+def test_a_damaged_tokenizer_is_not_taken_for_none(tmp_path: Path) -> None:
+    """Without one any ids compare the weights; half of one would be copied into the output beside a passed proof."""
+    source = huggingface_folder(tmp_path / "hf")
+    text = (source / "tokenizer.json").read_text()
+    (source / "tokenizer.json").write_text(text[: len(text) // 2])
+    for to in ("meta", "hf"):
+        with pytest.raises(ModelError, match="not a usable tokenizer file"):
+            convert(source, tmp_path / "out", to=to, options=ConvertOptions())
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 # ---- bad input
 
 
@@ -346,6 +360,10 @@ BAD: list[Any] = [
     ),
     pytest.param(lambda folder: (folder / "params.json").unlink(), ["params.json"], id="no params.json"),
     pytest.param(lambda folder: (folder / "params.json").write_text("{"), ["params.json:1"], id="params cut"),
+    pytest.param(
+        lambda folder: change_params(folder, n_heads=0), ["params.json", "n_heads is 0"], id="no heads"
+    ),
+    pytest.param(lambda folder: change_params(folder, dim="64"), ["dim is '64'"], id="a dim in words"),
     pytest.param(lambda folder: change_params(folder, dim=128), ["dim 128", "64"], id="another dim"),
     pytest.param(
         lambda folder: change_params(folder, n_layers=3), ["n_layers 3", "layers.2."], id="more layers"

@@ -345,9 +345,12 @@ def test_what_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         (tmp_path / "pickles").mkdir(exist_ok=True)
         (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"x")
         with pytest.raises(error, match=said):
-            make_diff(*words, tmp_path / "d", DiffOptions(), "tuoling")
+            make_diff(*words, tmp_path / "d", DiffOptions(allow_nan=True), "tuoling")
         assert not (tmp_path / "d").exists()
-    make_tensor_diff(base, tuned, tmp_path / "d", DiffOptions())
+    with pytest.raises(ModelError, match=r"new\.weight holds NaN") as caught:
+        make_diff(base, tuned, tmp_path / "d", DiffOptions(), None)
+    assert "--allow-nan" in str(caught.value.remedy) and not (tmp_path / "d").exists()
+    make_diff(base, tuned, tmp_path / "d", DiffOptions(allow_nan=True), None)
     with pytest.raises(OutputError, match="already exists"):
         make_tensor_diff(base, tuned, tmp_path / "d", DiffOptions())
     (tmp_path / "out").mkdir()
@@ -369,6 +372,19 @@ def test_lists(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         write_checksums(tmp_path / "bad.txt", {name: "0" * 32})
         bad = read_checksums(tmp_path / "bad.txt")
         refused(tmp_path, ModelError, said, base, tmp_path / "d", tmp_path / "o", lists=bad)
+
+
+@pytest.mark.parametrize("kind", ["tuoling", "xor", "additive"])
+def test_a_model_without_one_of_its_shards_is_not_published(
+    tmp_path: Path, pair: tuple[Path, Path], kind: str
+) -> None:
+    """The other way round: the pair's base, in two shards, is the model."""
+    whole, sharded = pair[1], pair[0]
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    key = whole / "model.safetensors" if kind == "xor" else whole
+    with pytest.raises(ModelError, match="missing: model-00002-of-00002"):
+        make_diff(key, sharded, tmp_path / "d", DiffOptions(), kind)
+    assert not (tmp_path / "d").exists()
 
 
 def test_the_head_has_room_for_the_record() -> None:

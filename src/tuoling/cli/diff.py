@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuoling.cli.convert import AsJson, print_json
+from tuoling.cli.convert import AllowNan, AsJson, print_json
 from tuoling.language import tr
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def command(
     ] = None,
     base_hash: BaseHash = None,
     no_base_check: NoBaseCheck = False,
+    allow_nan: AllowNan = False,
     workers: Workers = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -101,6 +102,7 @@ def command(
         checksums_out=checksums,
         base_hash=parse_digest(base_hash, "--base-hash") if base_hash else None,
         check_base=not no_base_check,
+        allow_nan=allow_nan,
     )
     show(make_diff(base, target, out, options, format), as_json=as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,9 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         import zipfile
 
         # files of torch before 1.6 are no archives, and cannot be mapped
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():  # on a pickle by another tool torch asks for an issue to be filed
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ModelError(
             tr(
@@ -133,7 +136,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _reason(error: BaseException) -> str:
     """The line of an error that says why; torch's own stand around advice on how to load without protection."""
-    advice = ("Weights only load failed", "Check the documentation")
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith(advice)), type(error).__name__)
 

@@ -29,12 +29,16 @@ _USUAL = {  # only where no file names the token, and only if the vocabulary has
 }
 
 
+class NoTokenizer(ModelError):
+    """No file of a tokenizer lies there; a damaged one is another error."""
+
+
 def load_tokenizer(source: ModelSource | str | Path, *, for_training: bool = True) -> TextTokenizer:
     """The tokenizer of a model that was found, of a folder, of a `tokenizer.json` file, or of a hub id.
 
     An adapter's own files come first, then its run's, then its base's. for_training: print every finding of the
     tokenizer check and refuse its errors (no end token, more ids than embeddings); else only warn of errors.
-    Raises ModelError where there is no tokenizer, or one that cannot be used.
+    Raises NoTokenizer where there is none, ModelError where it cannot be used.
     """
     from tuoling.text.checks import check_tokenizer
     from tuoling.text.tokenizer import TextTokenizer
@@ -86,7 +90,7 @@ def _first_file(folders: list[Path]) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-    raise ModelError(
+    raise NoTokenizer(
         tr("the model folder has no tokenizer", "模型目录中没有分词器"),
         where=str(folders[0]),
         remedy=tr(

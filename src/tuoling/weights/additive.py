@@ -198,7 +198,10 @@ def _subtract(
                 f"{name} 含有 NaN 或无穷大（目标或基础模型）",
             ),
             where=str(target),
-            remedy=tr("--format tuoling takes any numbers", "--format tuoling 适用于任何数值"),
+            remedy=tr(
+                "the weights are broken; to publish them all the same: --format tuoling --allow-nan",
+                "权重已损坏；若仍要发布：--format tuoling --allow-nan",
+            ),
         )
     return difference, base.add_(difference)
 

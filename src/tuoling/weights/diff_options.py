@@ -18,6 +18,7 @@ class DiffOptions:
     checksums_out: a list to be written: the MD5 of base, result and diff files (diff).
     base_hash:     MD5 or SHA-256 of the base file.
     check_base:    False goes on without comparing the base with anything.
+    allow_nan:     False refuses a model with NaN or infinity in it, where the kind of diff goes by numbers.
     expected_sum:  what all weights of the result should add up to (an additive diff without a record).
     """
 
@@ -27,6 +28,7 @@ class DiffOptions:
     checksums_out: Path | None = None
     base_hash: str | None = None
     check_base: bool = True
+    allow_nan: bool = False
     expected_sum: float | None = None
 
 

@@ -240,12 +240,18 @@ def unfused_rows(rows: int, heads: int) -> torch.Tensor:
 
 
 def row_order(family: GgufFamily, module: str, rows: int, sizes: Sizes) -> torch.Tensor | None:
-    """In which order a module's output rows are written; None: as they are."""
-    if module in family.rotated:
-        return paired_rows(rows, sizes.kv_heads if module.endswith("k_proj") else sizes.heads)
-    if module == "self_attention.query_key_value":
-        return unfused_rows(rows, sizes.heads)
-    return None
+    """In which order a module's output rows are written; None: as they are. Raises ModelError for half a head."""
+    fused = module == "self_attention.query_key_value"
+    if not fused and module not in family.rotated:
+        return None
+    heads = sizes.kv_heads if module.endswith("k_proj") else sizes.heads
+    if rows % (heads * (3 if fused else 2)):
+        raise ModelError(
+            tr(f"{module} has {rows} rows for {heads} heads", f"{module} 有 {rows} 行，却有 {heads} 个头"),
+            where="config.json",
+            remedy=tr("the weights belong to another config.json", "权重与 config.json 不属于同一模型"),
+        )
+    return unfused_rows(rows, heads) if fused else paired_rows(rows, heads)
 
 
 def gguf_module(family: GgufFamily, module: str) -> tuple[str, str] | None:

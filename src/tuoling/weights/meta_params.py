@@ -39,6 +39,9 @@ _MULTIPLIERS = (None, 1.3, 1.5, 1.0, 1.2, 1.4)
 """What Meta's own files use (LLaMA 70B: 4096 and 1.3; 3 8B: 1024 and 1.3; 3.2 1B: 256 and 1.5), then any other."""
 
 
+_COUNTS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "hidden_dim", "head_dim"}
+
+
 def read_params(folder: Path, dim: int) -> dict[str, Any]:
     """params.json of a folder whose tensors are `dim` wide.
 
@@ -61,6 +64,10 @@ def read_params(folder: Path, dim: int) -> dict[str, Any]:
     ]
     if missing:
         raise ModelError(tr(f"it lacks {', '.join(missing)}", f"缺少 {'、'.join(missing)}"), where=str(path))
+    for key in _COUNTS & params.keys():
+        if params[key] is not None and (type(params[key]) is not int or params[key] < 1):
+            problem = tr(f"{key} is {params[key]!r}", f"{key} 是 {params[key]!r}")
+            raise ModelError(problem, where=str(path), remedy=tr("copy it again", "请重新复制"))
     unknown = sorted(params.keys() - _KNOWN)
     if unknown:
         raise ModelError(

@@ -186,13 +186,13 @@ class OldGgmlModel:
             missing, more = sorted(names - file.stored.keys()), sorted(file.stored.keys() - names)
             if missing or more:
                 raise ModelError(
-                    tr(
-                        f"tensors missing: {some(missing)}; unknown: {some(more)}"
-                        if missing
-                        else f"unknown tensors: {some(more)}",
-                        f"缺少张量：{some(missing)}；未知张量：{some(more)}"
-                        if missing
-                        else f"未知张量：{some(more)}",
+                    "; ".join(
+                        text
+                        for text, names in (
+                            (tr(f"tensors missing: {some(missing)}", f"缺少张量：{some(missing)}"), missing),
+                            (tr(f"unknown tensors: {some(more)}", f"未知张量：{some(more)}"), more),
+                        )
+                        if names
                     ),
                     where=str(file.path),
                     remedy=tr(

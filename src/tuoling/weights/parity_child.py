@@ -138,7 +138,7 @@ class Comparison:
 
     def _tokenise(self) -> tuple[TextTokenizer | None, torch.Tensor | None, list[list[int]]]:
         """The tokenizer of the side whose words are all shared (if any), its columns, the probes in shared words."""
-        from tuoling.models.load import load_tokenizer
+        from tuoling.models.tokenizers import NoTokenizer, load_tokenizer
         from tuoling.text.render import Segment
 
         pruned = self._request.vocabulary is not None and min(self._request.vocabulary) >= 0
@@ -147,7 +147,7 @@ class Comparison:
         words, columns = words_of(of), self._columns[name]
         try:
             tokenizer = load_tokenizer(of.described_by or of.folder, for_training=False)
-        except ModelError:  # Meta's folders may come without one; any ids will do to compare
+        except NoTokenizer:  # Meta's folders may come without one; any ids will do to compare
             shared = words if columns is None else len(columns)
             texts = [text[:PROBE_TOKENS] for text in self._request.probes]
             return None, None, [[ord(letter) % shared for letter in text] for text in texts]
