@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.devices import DEVICES
 from tests.tiny import sum_rows, tiny_model, write_rows
 from typer.testing import CliRunner
 
@@ -22,24 +23,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("predict") / "m", "bloom")
 
 
-OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--template", "domain_bloom", "--max-new-tokens", "8")
+OPTIONS = ("--dtype", "fp32", "--template", "domain_bloom", "--max-new-tokens", "8")
 
 
-def predict(*words: object) -> Any:
-    return CliRunner().invoke(app, ["predict", *map(str, words), *OPTIONS])
+def predict(*words: object, device: str = "cpu") -> Any:
+    return CliRunner().invoke(app, ["predict", *map(str, words), "--device", device, *OPTIONS])
 
 
 @pytest.mark.slow
-def test_predictions_equal_the_python_interface(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_predictions_equal_the_python_interface(model: Path, tmp_path: Path, device: str) -> None:
     rows = sum_rows(5)
     data = write_rows(tmp_path / "test.json", rows)
-    result = predict(model, "--data", data, "--out", tmp_path / "p.json", "--batch-size", 2, "--json")
+    words = (model, "--data", data, "--out", tmp_path / "p.json", "--batch-size", 2, "--json")
+    result = predict(*words, device=device)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["rows"], report["predicted"], report["too_long"]) == (5, 5, [])
     assert report["predictions"] == str(tmp_path / "p.json") and report["tokens"] > 0
     written = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
-    with load(model, template="domain_bloom", device="cpu", dtype="fp32") as loaded:
+    with load(model, template="domain_bloom", device=device, dtype="fp32") as loaded:
         assert written == loaded.predict(rows, max_new_tokens=8, batch_size=1)
         assert written[3]["predict"] == loaded.chat(rows[3]["instruction"], max_new_tokens=8)
     assert written[0]["input"] == f"用户:{rows[0]['instruction']}\n\n助手:"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import DEVICES
 from tests.tiny import tiny_model
 
 from tuoling.infer.engine import GenerationSettings, PromptTooLong, Reply
@@ -33,10 +34,17 @@ def ask(text: str) -> Conversation:
     return Conversation((Turn("user", text),))
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["bloom", "llama", "qwen2"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: str
+) -> TorchEngine:
     source = find_model(tiny_model(tmp_path_factory.mktemp("engine") / "m", request.param))
-    model = load_model(source, dtype="fp32", device="cpu")
+    model = load_model(source, dtype="fp32", device=device)
     return TorchEngine(model, load_tokenizer(source), get_template("domain_bloom"))
 
 
@@ -66,7 +74,13 @@ def by_hand(engine: TorchEngine, text: str, steps: int) -> list[int]:
     start = len(ids)
     with torch.no_grad():
         for _ in range(steps):
-            ids.append(int(engine.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(
+                int(
+                    engine.model(torch.tensor([ids], device=engine.device), use_cache=False)
+                    .logits[0, -1]
+                    .argmax()
+                )
+            )
             if ids[-1] in engine.end_ids:
                 return ids[start:-1]
     return ids[start:]
@@ -131,7 +145,7 @@ def test_one_beam_is_greedy_and_beams_find_better(engine: TorchEngine) -> None:
 
 def _nats(engine: TorchEngine, text: str, reply: Reply) -> float:
     prompt = engine.prompt_ids(ask(text))
-    ids = torch.tensor([[*prompt, *reply.token_ids]])
+    ids = torch.tensor([[*prompt, *reply.token_ids]], device=engine.device)
     with torch.no_grad():
         logits = engine.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
@@ -358,8 +372,9 @@ def test_an_error_inside_generation_comes_out_of_the_stream(
 def test_score_is_the_cross_entropy_of_the_answer_and_its_end(engine: TorchEngine) -> None:
     conversation = ask("三加五").answered("等于八")
     ids, spans = engine.tokenizer.encode_segments(engine.template.render(conversation))
+    asked = torch.tensor([ids], device=engine.device)
     with torch.no_grad():
-        log_probs = engine.model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+        log_probs = engine.model(asked, use_cache=False).logits[0].double().log_softmax(-1)
     learned = [position for begin, end in spans for position in range(begin, end)]
     expected = -sum(float(log_probs[position - 1, ids[position]]) for position in learned)
     score = engine.score([conversation])[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import DEVICES
 from tests.tiny import tiny_model
 
 from tuoling.infer.engine import GenerationSettings, Reply
@@ -38,10 +39,17 @@ def ask(text: str) -> Conversation:
     return Conversation((Turn("user", text),))
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["bloom", "llama", "qwen2"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: str
+) -> TorchEngine:
     source = find_model(tiny_model(tmp_path_factory.mktemp("serve") / "m", request.param))
-    model = load_model(source, dtype="fp32", device="cpu")
+    model = load_model(source, dtype="fp32", device=device)
     return TorchEngine(model, load_tokenizer(source), get_template("domain_bloom"))
 
 
@@ -113,7 +121,7 @@ def test_draws_are_the_engines_own(engine: TorchEngine, batcher: Batcher) -> Non
 
 
 @pytest.mark.slow
-def test_a_cut_distribution_is_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_distribution_is_transformers(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Drawn many times, from few candidates or by sorting all: the shares are those of transformers' warpers."""
     torch.manual_seed(0)
     logits_V = torch.randn(700) * 2
@@ -124,7 +132,7 @@ def test_a_cut_distribution_is_transformers(monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(sampling, "CANDIDATES", candidates)
             choosers = [sampling.Chooser(settings, (), seed) for seed in range(draws)]
             drawn = torch.bincount(
-                torch.tensor(sampling.choose(logits_V.expand(draws, -1), choosers)), minlength=700
+                torch.tensor(sampling.choose(logits_V.to(device).expand(draws, -1), choosers)), minlength=700
             )
             assert not bool(drawn[wanted_V == 0].any())
             apart = (drawn / draws - wanted_V).abs() / (wanted_V * (1 - wanted_V) / draws).sqrt().clamp_min(

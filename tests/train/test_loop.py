@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.devices import DEVICES
 from tests.tiny import settings_without_chance, sum_rows, tiny_model, write_rows
 
 from tuoling.config import load_config
@@ -37,14 +38,17 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path) -> None:
-    result = run(tmp_path, bloom, num_train_epochs=6, val_size=4, save_steps=5, save_total_limit=1)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, bloom: Path, device: str) -> None:
+    keys = {"num_train_epochs": 6, "val_size": 4, "save_steps": 5, "save_total_limit": 1}
+    result = run(tmp_path, bloom, **keys, device=device)
     assert result.status == "finished"
     done = json.loads((result.path / "all_results.json").read_text())
     for key in ("train_loss_first", "train_loss_last", "eval_loss", "rows", "tokens", "learned_tokens"):
         assert done[key] is not None, key
     for key in ("steps", "seconds", "tokens_per_s", "peak_rss_gib", "peak_cuda_gib"):
         assert done[key] is not None, key
+    assert device == "cpu" or done["peak_cuda_gib"] > 0
     assert done["rows"] == 12 and done["steps"] == 18
     assert done["train_loss_last"] < 0.6 * done["train_loss_first"]
     metrics = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
@@ -87,7 +91,8 @@ def test_every_row_is_seen_once_an_epoch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
-def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_type: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_type: str, device: str) -> None:
     losses, weights = [], []
     for name, micro, accumulate in (("a", 8, 1), ("b", 1, 8), ("c", 3, 1)):
         more = {"batch_size": 8} if name == "a" else {"gradient_accumulation_steps": accumulate}
@@ -96,6 +101,7 @@ def test_eight_by_one_is_one_by_eight(tmp_path: Path, bloom: Path, finetuning_ty
         result = run(
             tmp_path / name,
             bloom,
+            device=device,
             finetuning_type=finetuning_type,
             per_device_train_batch_size=micro,
             num_train_epochs=2,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.devices import DEVICES, forget_determinism
 from tests.tiny import tiny_model
 from tests.train.runs import column, edit_record, record, run
 from typer.testing import CliRunner
@@ -20,12 +22,17 @@ from tuoling.errors import ConfigError, OutputError, TrainingError
 from tuoling.train.checkpoint import checkpoints
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 steps with dropout, a cosine, checkpoint-2 to checkpoint-6, and the end."""
-    folder = tmp_path_factory.mktemp("run")
+def keys_on(device: str) -> dict[str, Any]:
+    """8 steps with dropout, a cosine, checkpoint-2 to checkpoint-6, and the end; the same sums each time."""
     keys = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "cosine"}
-    return run(folder, tiny_model(folder / "model"), **keys).path
+    return keys if device == "cpu" else {**keys, "device": device, "deterministic": True}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("run")
+    yield run(folder, tiny_model(folder / "model"), **keys_on(request.param)).path
+    forget_determinism()
 
 
 @pytest.fixture
@@ -158,7 +165,7 @@ def test_each_save_is_priced_and_what_is_missing_is_said(
         return 10_000 if (folder / "checkpoint-4").is_dir() else 2**40
 
     model = Path(record(done)["base"]["path"])
-    keys = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "cosine"}
+    keys = keys_on(record(done)["config"]["device"])
     with monkeypatch.context() as patched:
         patched.setattr("tuoling.environment.disk_free_bytes", free)
         with pytest.raises(OutputError, match="MiB are missing") as told:
