@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.devices import DEVICES
 from tests.tiny import sum_rows, tiny_model, write_rows
 from typer.testing import CliRunner
 
@@ -64,8 +65,11 @@ def quantised(model: Any) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "name"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
-def test_trained_evaluated_saved_and_loaded_again(tmp_path: Path, base: Path, bits: int, name: str) -> None:
-    result = run(tmp_path, base, quantization_bit=bits)
+@pytest.mark.parametrize("device", DEVICES)
+def test_trained_evaluated_saved_and_loaded_again(
+    tmp_path: Path, base: Path, bits: int, name: str, device: str
+) -> None:
+    result = run(tmp_path, base, quantization_bit=bits, device=device)
     done = result.results
     assert done["train_loss_last"] < 0.8 * done["train_loss_first"], (
         "evaluated after every step, and it still learns"
@@ -79,8 +83,8 @@ def test_trained_evaluated_saved_and_loaded_again(tmp_path: Path, base: Path, bi
     )
     assert all(tensor.any() for tensor in tensors.values()), "every tensor was trained: B is zero at birth"
     assert not list(result.path.glob("model*.safetensors"))
-    assert quantised(load_model(source, dtype="fp32", device="cpu")) == {name}
-    assert quantised(load_model(source, dtype="fp32", device="cpu", quantization=PLAIN)) == set()
+    assert quantised(load_model(source, dtype="fp32", device=device)) == {name}
+    assert quantised(load_model(source, dtype="fp32", device=device, quantization=PLAIN)) == set()
 
 
 @pytest.mark.slow
@@ -109,15 +113,16 @@ def test_the_loss_is_that_of_the_run_when_loaded_again(run4: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
-def test_saving_leaves_the_base_quantised(tmp_path: Path, base: Path, bits: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_saving_leaves_the_base_quantised(tmp_path: Path, base: Path, bits: int, device: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     source = find_model(base)
     plain: Any = load_model(
-        source, dtype="fp32", device="cpu", for_training=True, quantization=Quantization(bits)
+        source, dtype="fp32", device=device, for_training=True, quantization=Quantization(bits)
     )
     model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model(input_ids=torch.arange(4, 9)[None])
+    model(input_ids=torch.arange(4, 9, device=device)[None])
     layers = [module for module in model.modules() if isinstance(module, QUANTISED)]
     before = [(layer.weight.data_ptr(), layer.weight.dtype, layer.weight.numel()) for layer in layers]
     size = save_adapter(model, tmp_path / "out", tokenizer=load_tokenizer(source))
@@ -150,9 +155,10 @@ def test_a_run_from_its_adapter_keeps_the_base_as_it_was(tmp_path: Path, run4: P
 
 
 @pytest.mark.slow
-def test_chat_and_predict_open_it_quantised(tmp_path: Path, run4: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_chat_and_predict_open_it_quantised(tmp_path: Path, run4: Path, device: str) -> None:
     def call(*words: object) -> Any:
-        common = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4")
+        common = ("--device", device, "--dtype", "fp32", "--max-new-tokens", "4")
         return CliRunner().invoke(app, [str(word) for word in (*words, *common)], input="你好\n")
 
     chat = call("chat", run4)
@@ -165,7 +171,7 @@ def test_chat_and_predict_open_it_quantised(tmp_path: Path, run4: Path) -> None:
     data, out = write_rows(tmp_path / "test.jsonl", sum_rows(3, start=20)), tmp_path / "predictions.json"
     predicted = call("predict", run4, "--data", data, "--out", out)
     assert predicted.exit_code == 0 and "base weights in fp4" in predicted.stderr, predicted.output
-    with load(run4, device="cpu", dtype="fp32") as model:
+    with load(run4, device=device, dtype="fp32") as model:
         expected = [model.chat(row["instruction"], max_new_tokens=4) for row in sum_rows(3, start=20)]
     assert [row["predict"] for row in json.loads(out.read_text())] == expected
 
