@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -27,6 +29,15 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         size=Size(hidden=32, layers=2, heads=4),
     )
     monkeypatch.setattr(demo, "Course", lambda: small)
+
+
+def it_chats_from(file: Path, found: dict[str, Any]) -> None:
+    """The last act: `found` tells answers of the GGUF file, the same that `tuoling chat FILE` gives."""
+    assert file.suffix == ".gguf" and found["asked"] == str(file)
+    assert list(found["answers"]) == list(door.TURNS) and any(found["answers"].values())
+    for question, answer in found["answers"].items():
+        said = CliRunner().invoke(app, ["chat", str(file), "--max-new-tokens", "48"], input=f"{question}\n")
+        assert said.exit_code == 0 and said.stdout.strip() == answer.strip(), said.output
 
 
 @pytest.mark.slow
@@ -75,6 +86,8 @@ def test_the_whole_way_without_an_extra(tmp_path: Path, monkeypatch: pytest.Monk
     forms = {form["name"]: form for form in found["forms"]}
     assert "merged" in forms and len(forms) == 2 and "gptqmodel" in found["left_out"][0]
     assert not (out / "gptq-4bit").exists()
+    assert found["asked"] == (str(out / "demo-q4_0.gguf") if find_spec("llama_cpp") else found["run"])
+    assert list(found["answers"]) == list(door.TURNS)
     assert forms["merged"]["accuracy"] == pytest.approx(sum(found["after"].values()) / len(found["after"]))
 
 
@@ -83,9 +96,7 @@ def test_the_whole_way_without_an_extra(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_whole_way_to_a_file_for_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Merged, quantised and as GGUF; what an extra is missing for is told and left out."""
-    from importlib.util import find_spec
-
+    """Merged, quantised and as GGUF, which chats; what an extra is missing for is told and left out."""
     make_small(monkeypatch)
     out = tmp_path / "demo"
     call = ["quickstart", "--full", "--json", "--out", str(out), "--family", family, "--seed", "1"]
@@ -100,3 +111,5 @@ def test_the_whole_way_to_a_file_for_a_cpu(
         assert Path(form["path"]).exists() and form["size_bytes"] > 10_000
     assert json.loads((out / "merged" / "parity.json").read_text())["passed"]
     assert forms["merged"]["accuracy"] == pytest.approx(sum(found["after"].values()) / len(found["after"]))
+    if find_spec("llama_cpp"):
+        it_chats_from(Path(forms["GGUF q4_0"]["path"]), found)

@@ -74,17 +74,18 @@ def command(
     if not as_json:
         _show(outcome)
     forms = _make_forms(outcome.run) if full else None
+    asked = (forms and forms.gguf) or outcome.run
     if as_json:
         found: dict[str, Any] = {"run": str(outcome.run), "before": outcome.before, "after": outcome.after}
         found |= {"forms": [asdict(form) for form in forms.made], "left_out": forms.left_out} if forms else {}
-        typer.echo(
-            json.dumps({**found, "seconds": round(outcome.seconds, 1)}, ensure_ascii=False, default=str)
-        )
+        found |= {"asked": asked, "answers": _answers(asked), "seconds": round(outcome.seconds, 1)}
+        typer.echo(json.dumps(found, ensure_ascii=False, default=str))
         return
     if forms:
         _show_forms(outcome, forms)
-    asked = (forms and forms.gguf) or outcome.run
-    _talk(asked)
+    for question, answer in _answers(asked).items():
+        console.out.print(f"[dim]{tr('you', '你')}[/dim]  {question}")
+        console.out.print(f"[dim]{tr('it', '它')}[/dim]  {answer}")
     if chat:
         from tuoling.cli.chat import command as open_chat
 
@@ -149,12 +150,9 @@ def _show(outcome: Outcome) -> None:
         console.out.print(f"{label}  {path}", markup=False)
 
 
-def _talk(model_path: Path) -> None:
-    """A few questions and answers."""
+def _answers(model_path: Path) -> dict[str, str]:
+    """What the model, a run or a GGUF file, says to `TURNS`, each asked for itself."""
     from tuoling import api
 
     with api.load(model_path) as model:
-        for question in TURNS:
-            answer = model.chat(question, max_new_tokens=48)
-            console.out.print(f"[dim]{tr('you', '你')}[/dim]  {question}")
-            console.out.print(f"[dim]{tr('it', '它')}[/dim]  {answer}")
+        return {question: model.chat(question, max_new_tokens=48) for question in TURNS}
