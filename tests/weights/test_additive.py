@@ -221,3 +221,13 @@ def test_both_sums_are_accepted() -> None:
         recovered.add(torch.tensor([1.0]))
     assert recovered.adds_up_to(2.0**24 + 3) and recovered.adds_up_to(2.0**24)
     assert not recovered.adds_up_to(2.0**24 + 1)
+
+
+def test_all_parts_of_a_tensor_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are summed and compared in parts: neither sum nor difference may stop at the first."""
+    monkeypatch.setattr(additive_check, "PART", 4)
+    recovered, made = additive_check.Recovered(), torch.arange(11, dtype=torch.float32)
+    recovered.add(made)
+    assert recovered.total == 55
+    recovered.compare("w", made, made + 0.5 * (torch.arange(11) == 10))
+    assert "0.5" in recovered.loss_notes()[0]
