@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +239,23 @@ def test_health_and_counts(server: Live, client: Any) -> None:
     assert server.metric("tuoling_completion_tokens_total") - before == got.usage.completion_tokens
     assert server.metric("tuoling_resident_bytes") > 1e7
     assert server.metric("tuoling_running") == 0
+
+
+@pytest.mark.slow
+def test_the_recipe_shows_every_call(
+    server: Live, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the guide tells users to run; the answers in it are those of the client."""
+    script = Path(__file__).parents[2] / "recipes" / "openai_client.py"
+    monkeypatch.setattr(sys, "argv", [str(script), f"{server.url}/v1", "三加五"])
+    for name in ("ALL_PROXY", "HTTP_PROXY", "all_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    whole = chat(client, "三加五", max_tokens=64)
+    assert f"chat: {whole.choices[0].message.content}\n" in said
+    assert said.count(str(whole.usage.to_dict())) == 2, "the whole answer's and the stream's"
+    assert "the same with the same seed: True" in said and said.count("logprobs: ") == 3
+    assert "NotFoundError 404" in said and "model_not_found" in said
+    assert "BadRequestError 400" in said and "'param': 'temperature'" in said
+    assert "temperature=-1.0 is out of range; from 0 to 10" in said

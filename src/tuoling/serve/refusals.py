@@ -52,7 +52,7 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(
             500, tr("the server failed at this request", "服务器处理该请求时出错"), code="internal_error"
         )
-    message = ". ".join(part for part in (error.problem, error.remedy) if part)
+    message = tr("; ", "；").join(part for part in (error.problem, error.remedy) if part)
     if isinstance(error, PromptTooLong | TooManyTokens):
         return bad(message, "messages", "context_length_exceeded")
     if isinstance(error, UsageError):

@@ -212,7 +212,9 @@ class Reader:
         try:
             return defaults.with_values(values), values["max_new_tokens"] is not None
         except UsageError as error:
-            raise bad(". ".join(filter(None, (error.problem, error.remedy))), error.where) from error
+            raise bad(
+                tr("; ", "；").join(filter(None, (error.problem, error.remedy))), error.where
+            ) from error
 
     def _stops(self, value: Any) -> tuple[str, ...] | None:
         if value is None:
