@@ -205,7 +205,10 @@ def _without_hub(model_id: str, cached: Path | None, error: Exception, *, again:
         return cached
     detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise ModelError(
-        tr(f"the hub cannot be reached: {detail}", f"无法连接模型库：{detail}"),
+        tr(
+            f"there is no such folder here, and the hub cannot be reached: {detail}",
+            f"本地没有这个目录，模型库也无法连接：{detail}",
+        ),
         where=model_id,
         remedy=tr(
             "run it again (what has come is kept); or set HF_ENDPOINT to a mirror, or --source modelscope",

@@ -254,7 +254,10 @@ def _model(place: Path, *, name: str, run: dict[str, Any] | None) -> ModelSource
 def _what_is_there(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
-        return tr("the folder is empty", "目录是空的")
+        return tr(
+            "the folder is empty: give one that holds a model, an adapter or a run",
+            "目录是空的：请给出存放模型、适配器或训练结果的目录",
+        )
     if any(folder.glob("consolidated.*.pth")):
         return tr(
             f"these are Meta's files: tuoling convert {folder} OUT",
@@ -267,7 +270,7 @@ def _what_is_there(folder: Path) -> str:
     if inner:
         return tr(f"did you mean {folder / inner[0]}?", f"是不是想写 {folder / inner[0]}？")
     shown = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    return tr(f"the folder holds: {shown}", f"目录里有：{shown}")
+    return tr(f"give a model folder; this one holds: {shown}", f"请给出模型目录；这个目录里有：{shown}")
 
 
 def _find_base(place: Path, record: dict[str, Any], *, asked: str | None) -> ModelSource:
