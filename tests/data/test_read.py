@@ -257,6 +257,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     assert "train.jsonl" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_a_sample_is_seeded_in_order_and_of_the_asked_size(tmp_path):
     many = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(200)]
     path = write(tmp_path / "rows.jsonl", lines(many))

@@ -212,6 +212,7 @@ def test_calls_that_are_wrong(
     assert not engines["base"].asked
 
 
+@pytest.mark.slow
 def test_own_rows_keep_their_classes_and_forgetting_is_seen(
     tmp_path: Path, engines: dict[str, FakeEngine]
 ) -> None:

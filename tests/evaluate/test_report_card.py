@@ -122,6 +122,7 @@ def test_the_page_says_what_the_files_hold(run: Path) -> None:
     assert report.licences.commercial == "unknown"
 
 
+@pytest.mark.slow
 def test_time_foreseen_beside_the_fact_and_every_resumption(run: Path) -> None:
     report = read_report(run, price_per_hour=36.0, check_data=False)
     assert "forecast" not in report.record, "8 steps are too few to foresee anything"

@@ -111,6 +111,7 @@ def test_score_is_that_of_transformers(pair: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_stream_is_batch_and_whole_characters(engine: Any) -> None:
     for text, reply in zip(QUESTIONS, engine.generate([ask(t) for t in QUESTIONS], GREEDY), strict=True):
         engine.model.forget()

@@ -56,6 +56,7 @@ def restore(engine: TorchEngine) -> Any:
     engine.end_ids, engine.stops, engine.context_tokens = kept
 
 
+@pytest.mark.slow
 def test_the_head_gets_one_block_of_memory(engine: TorchEngine) -> None:
     """A slice of a batch would cost a copy of the head's weights a row."""
     seen: list[tuple[int, bool]] = []

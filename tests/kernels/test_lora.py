@@ -201,6 +201,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_all_eight_layers_of_a_plain_adapter_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned()
     fast = install(model)

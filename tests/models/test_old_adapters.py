@@ -215,6 +215,7 @@ def test_an_alpha_that_the_config_contradicts(adapter: Path, capsys: pytest.Capt
     assert f"says lora_alpha={ALPHA}: that is used, not 99" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_config_of_another_training(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 8}), encoding="utf-8")

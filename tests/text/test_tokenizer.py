@@ -94,6 +94,7 @@ def test_text_after_a_special_token_follows_the_tokenizer(
     assert tokenizer.hf.convert_ids_to_tokens(ours)[-1] == mark + "b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openllama", "mistral"])
 def test_begin_token_starts_a_text(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = load(name, request)
