@@ -11,7 +11,7 @@ from tuoling.infer.engine import Engine, GenerationSettings
 from tuoling.language import tr
 from tuoling.serve.fields import Fields, whole_text
 from tuoling.serve.jobs import Order, Prompt
-from tuoling.serve.refusals import Refusal, bad
+from tuoling.serve.refusals import Refusal, bad, refusal_of
 from tuoling.text.conversation import Conversation, Role, Turn
 
 _ROLES: dict[str, Role] = {
@@ -212,9 +212,7 @@ class Reader:
         try:
             return defaults.with_values(values), values["max_new_tokens"] is not None
         except UsageError as error:
-            raise bad(
-                tr("; ", "；").join(filter(None, (error.problem, error.remedy))), error.where
-            ) from error
+            raise refusal_of(error) from error
 
     def _stops(self, value: Any) -> tuple[str, ...] | None:
         if value is None:

@@ -45,9 +45,8 @@ def _require_whole(target: Path) -> None:
     """Raise ModelError where a folder lacks a shard that its index or its files' numbers name."""
     if not any(target.glob("*.index.json")) and not any(target.glob("*-of-*")):
         return
-    from tuoling.models.source import (
-        weight_files,
-    )  # these bring torch: 1.7 s that other targets have no use for
+    # these bring torch: 1.7 s that other targets have no use for
+    from tuoling.models.source import weight_files
     from tuoling.models.weight_files import require_shards
 
     if files := weight_files(target):
@@ -102,9 +101,8 @@ def recognise(diff: Path) -> str:
     """Which kind of diff lies there. Raises ModelError where it is none."""
     if diff.name.endswith(".enc") or (diff.is_dir() and any(diff.rglob("*.enc"))):
         return "xor"
-    from tuoling.weights.tensor_diff import (
-        is_tensor_diff,
-    )  # brings torch: 1.7 s that an XOR patch has no use for
+    # brings torch: 1.7 s that an XOR patch has no use for
+    from tuoling.weights.tensor_diff import is_tensor_diff
 
     if not diff.is_dir():
         if is_tensor_diff(diff):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -109,12 +109,7 @@ class SafetensorsWriter:
         self._close()
         if kind is not None:
             return
-        missing = sorted(self.infos.keys() - self._written)
-        if missing:
-            raise OutputError(
-                tr(f"tensors were not written: {some(missing)}", f"有张量没有写入：{some(missing)}"),
-                where=str(self.folder),
-            )
+        require_written(self.infos, self._written, self.folder)
         if len(self._shards) > 1:
             weight_map = {name: file for file, names in self._shards.items() for name in names}
             total = {
@@ -171,6 +166,16 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     numbers: Any = flat.view(torch.uint8).numpy()
     return memoryview(numbers)
+
+
+def require_written(infos: Mapping[str, TensorInfo], written: Set[str], where: Path) -> None:
+    """Raise OutputError where a tensor that was announced never came."""
+    missing = sorted(infos.keys() - written)
+    if missing:
+        raise OutputError(
+            tr(f"tensors were not written: {some(missing)}", f"有张量没有写入：{some(missing)}"),
+            where=str(where),
+        )
 
 
 def write_at(file: IO[bytes], data: bytes | memoryview, start: int) -> None:

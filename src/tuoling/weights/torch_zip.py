@@ -23,8 +23,7 @@ import torch
 
 from tuoling.errors import OutputError
 from tuoling.language import tr
-from tuoling.models.adapters import some
-from tuoling.weights.safetensors_writer import reserve, tensor_bytes, write_at
+from tuoling.weights.safetensors_writer import require_written, reserve, tensor_bytes, write_at
 from tuoling.weights.tensors import TensorInfo
 
 ALIGNMENT = 64
@@ -231,12 +230,7 @@ class TorchZipWriter:
         with self._file:
             if kind is not None:
                 return
-            missing = sorted(self.infos.keys() - self._written)
-            if missing:
-                raise OutputError(
-                    tr(f"tensors were not written: {some(missing)}", f"有张量没有写入：{some(missing)}"),
-                    where=str(self.path),
-                )
+            require_written(self.infos, self._written, self.path)
             write_at(self._file, self._directory(), self._directory_start)
 
     def _directory(self) -> bytes:
